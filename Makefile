@@ -1,0 +1,46 @@
+# bursar: `make` lists the targets. Everything runs in .venv, made on first use from Python alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format lint types floors bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,test]'
+	@touch $@
+
+demo: $(STAMP)  ## set up, then run the main job: the notes' Cruncher, the notes' 70B run, and a real model
+	$(BIN)/bursar step cruncher
+	$(BIN)/bursar run --params 70B --tokens 15T --on 1024xh100-sxm --mfu 0.5
+	$(BIN)/bursar step gpt2 --precision bf16-mixed --on h100-sxm
+
+test: $(STAMP)  ## set up, then run the tests, the doctests and the READMEs' code
+	$(BIN)/python -m pytest
+
+check: lint types floors test  ## what CI runs: format, lint, types, import floors, tests
+
+format: $(STAMP)  ## rewrite the code in the house format
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+lint: $(STAMP)  ## format and lint, changing nothing
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+
+types: $(STAMP)  ## strict types
+	$(BIN)/mypy
+
+floors: $(STAMP)  ## a module imports from lower floors only; torch stays on the top ones
+	$(BIN)/python -m pytest tests/test_floors.py
+
+bench: $(STAMP)  ## print the benchmark tables
+	$(BIN)/python benchmarks/trace.py
+
+clean:  ## remove the environment and the caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
