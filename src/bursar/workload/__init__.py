@@ -1,0 +1,1 @@
+"""What to run: the model, its batch and its loss, as real PyTorch."""
