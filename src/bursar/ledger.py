@@ -1,0 +1,266 @@
+"""The one table: a row per op of a training step, the storages they lived in, and every question asked of both.
+
+No torch. A ledger is written by `trace` from real model code; `memory` reads its timeline, `roofline` prices its rows.
+Conservation laws hold by construction and are tested: kinds, dtypes, phases and modules each add up to the total, and the
+memory classes partition the live bytes at every instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bursar import memory
+from bursar.errors import BadInput
+from bursar.memory import Memory, Storage
+from bursar.rules import KINDS, MODEL_KINDS, Work
+
+if TYPE_CHECKING:
+    import polars
+
+    from bursar.roofline import Forecast
+
+
+class Row(NamedTuple):
+    """One op. Its sequence number is its place in the table."""
+
+    phase: str
+    kind: str
+    op: str
+    module: str
+    dtype: str  # what it computes in; fp32 on TF32 tensor cores is "tf32"
+    shapes: tuple[tuple[int, ...], ...]  # inputs, then outputs
+    dtypes: tuple[str, ...]
+    work: Work
+    allocated_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Uncounted:
+    """An op without a rule: its FLOPs are not in any total, its bytes are."""
+
+    op: str
+    calls: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """FLOPs of one step. The first four count the kinds matmul, attention and conv; a multiply and an add are two."""
+
+    forward: int
+    backward: int
+    recompute: int  # activation checkpointing, and the scores a fused attention computes again in backward
+    optimizer: int  # every kind, in the optimizer phase
+    by_kind: Mapping[str, int]
+    by_dtype: Mapping[str, int]
+    total: int  # all kinds, all phases
+    six_p_tokens: int  # the rule of thumb, shown beside the count and never instead of it
+    attention: int  # the attention kind over all phases, what the masks let through
+    attention_full_square: int  # the same, S^2 whatever the mask
+    uncounted: tuple[Uncounted, ...] = ()
+
+    @property
+    def model(self) -> int:
+        """Forward + backward: what the model asks for, and what MFU divides."""
+        return self.forward + self.backward
+
+    @property
+    def hardware(self) -> int:
+        """Model FLOPs + recompute: what the device does, and what HFU divides."""
+        return self.model + self.recompute
+
+    @property
+    def model_full_square(self) -> int:
+        """Model FLOPs by the literature's convention, attention S^2 whatever the mask."""
+        return self.model + self.attention_full_square_extra
+
+    attention_full_square_extra: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What was trained."""
+
+    name: str
+    parameters: int
+    trainable_parameters: int
+    active_parameters: int  # what one token passes through; a mixture's experts count by the share that is active
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How much of it one optimizer update sees."""
+
+    samples: int
+    tokens: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """One training step, written down."""
+
+    rows: list[Row]
+    storages: list[Storage]
+    events: list[tuple[int, int, int]]  # (row, storage, +bytes or -bytes), in order
+    first_row: int = 0  # the recorded step begins here; what came before it built the model and warmed it up
+    first_event: int = 0
+    device: str = "gpu"  # whose memory and ops these are: "gpu" or "cpu"
+    model: Model = Model("", 0, 0, 0)
+    step: Step = Step(0, 0, 0)
+    textbook: memory.Textbook = memory.Textbook(0, 0, 0, 0)
+    assumptions: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    partial: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows) - self.first_row
+
+    @property
+    def recorded(self) -> list[Row]:
+        """The rows of the recorded step."""
+        return self.rows[self.first_row :]
+
+    @cached_property
+    def flops(self) -> Flops:
+        """The step's FLOPs, by phase, kind and dtype."""
+        phases = dict.fromkeys(("forward", "backward", "recompute", "optimizer"), 0)
+        by_kind = dict.fromkeys(KINDS, 0)
+        by_dtype: dict[str, int] = {}
+        attention = square = square_model = 0
+        for row in self.recorded:
+            work = row.work
+            done = work.flops + work.recompute_flops
+            if not done:
+                continue
+            by_kind[row.kind] = by_kind.get(row.kind, 0) + done
+            by_dtype[row.dtype] = by_dtype.get(row.dtype, 0) + done
+            if row.phase == "optimizer":
+                phases["optimizer"] += done
+            elif row.kind in MODEL_KINDS:
+                phases[row.phase] += work.flops
+                phases["recompute"] += work.recompute_flops
+                if row.kind == "attention":
+                    attention += done
+                    square += work.full_square_flops + work.recompute_flops * work.full_square_flops // work.flops
+                    if row.phase != "recompute":
+                        square_model += work.full_square_flops - work.flops
+        return Flops(
+            **phases,
+            by_kind=by_kind,
+            by_dtype=by_dtype,
+            total=sum(by_kind.values()),
+            six_p_tokens=6 * self.model.active_parameters * self.step.tokens,
+            attention=attention,
+            attention_full_square=square,
+            attention_full_square_extra=square_model,
+            uncounted=self.uncounted,
+        )
+
+    @cached_property
+    def bytes_moved(self) -> Mapping[str, int]:
+        """Bytes read and written by the step's kernels, by kind."""
+        found = dict.fromkeys(KINDS, 0)
+        for row in self.recorded:
+            found[row.kind] = found.get(row.kind, 0) + row.work.read_bytes + row.work.written_bytes
+        return found
+
+    @cached_property
+    def uncounted(self) -> tuple[Uncounted, ...]:
+        """Ops without a rule, the largest movers first. Their FLOPs are unknown, not zero."""
+        calls: dict[str, list[int]] = {}
+        for row in self.recorded:
+            if row.kind == "uncounted":
+                entry = calls.setdefault(row.op, [0, 0])
+                entry[0] += 1
+                entry[1] += row.work.read_bytes + row.work.written_bytes
+        found = [Uncounted(op, n, b) for op, (n, b) in calls.items()]
+        return tuple(sorted(found, key=lambda u: (-u.bytes, u.op)))
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Live bytes over the step: peak, what stands at it, what stays between steps."""
+        return memory.replay(self.storages, self.events, self.first_event, self.textbook)
+
+    @cached_property
+    def ops(self) -> polars.DataFrame:
+        """One row per op: seq, phase, kind, op, module, dtype, dtypes, shapes, FLOPs, bytes."""
+        import polars as pl
+
+        rows = self.recorded
+        freed = [0] * len(rows)
+        for row, _, delta in self.events[self.first_event :]:
+            if delta < 0 and row >= self.first_row:
+                freed[row - self.first_row] -= delta
+        return pl.DataFrame(
+            {
+                "seq": range(len(rows)),
+                "phase": [r.phase for r in rows],
+                "kind": [r.kind for r in rows],
+                "op": [r.op for r in rows],
+                "module": [r.module for r in rows],
+                "dtype": [r.dtype for r in rows],
+                "dtypes": [list(r.dtypes) for r in rows],
+                "shapes": [[list(s) for s in r.shapes] for r in rows],
+                "flops": [r.work.flops for r in rows],
+                "recompute_flops": [r.work.recompute_flops for r in rows],
+                "full_square_flops": [r.work.full_square_flops or r.work.flops for r in rows],
+                "read_bytes": [r.work.read_bytes for r in rows],
+                "written_bytes": [r.work.written_bytes for r in rows],
+                "allocated_bytes": [r.allocated_bytes for r in rows],
+                "freed_bytes": freed,
+            },
+            schema_overrides={
+                "seq": pl.Int64,
+                "dtypes": pl.List(pl.String),
+                "shapes": pl.List(pl.List(pl.Int64)),
+                **{c: pl.Int64 for c in ("flops", "recompute_flops", "full_square_flops", "read_bytes", "written_bytes",
+                                         "allocated_bytes", "freed_bytes")},
+            },
+        )  # fmt: skip
+
+    def by(self, column: str, *, depth: int | None = None) -> polars.DataFrame:
+        """Totals per value of ``column`` (kind, phase, op, module, dtype), the largest FLOPs first.
+
+        ``depth`` cuts module paths after that many names: ``by("module", depth=2)``.
+        """
+        import polars as pl
+
+        known = ("phase", "kind", "op", "module", "dtype")
+        if column not in known:
+            raise BadInput(f"a ledger has no column {column!r} to group by; it has {', '.join(known)}")
+        ops = self.ops
+        if column == "module" and depth is not None:
+            ops = ops.with_columns(pl.col("module").str.split(".").list.head(depth).list.join("."))
+        counted = ("flops", "recompute_flops", "read_bytes", "written_bytes", "allocated_bytes")
+        return (
+            ops.group_by(column)
+            .agg(pl.len().alias("calls"), *(pl.col(c).sum() for c in counted))
+            .sort(["flops", "read_bytes", column], descending=[True, True, False])
+        )
+
+    def on(self, name: str) -> Forecast:
+        """This step priced on an accelerator or cluster of the catalogue (``"h100-sxm"``, ``"8xh100-sxm"``).
+
+        Raises UnknownName naming the nearest known.
+        """
+        from bursar.hardware import cluster
+        from bursar.roofline import forecast
+
+        return forecast(self, cluster(name))
+
+
+def module_totals(rows: Iterable[Row], depth: int) -> dict[str, dict[str, Any]]:
+    """FLOPs and bytes by module path cut after ``depth`` names, without polars; for tables on the terminal."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        path = ".".join(row.module.split(".")[:depth]) if row.module else ""
+        entry = found.setdefault(path, {"forward": 0, "backward": 0, "recompute": 0, "optimizer": 0, "bytes": 0})
+        if row.kind in MODEL_KINDS:
+            entry[row.phase] += row.work.flops
+            entry["recompute"] += row.work.recompute_flops
+        entry["bytes"] += row.work.read_bytes + row.work.written_bytes
+    return found

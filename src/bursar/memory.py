@@ -1,0 +1,159 @@
+"""Live bytes over a step, from the storages' lifetimes. No torch.
+
+Seven classes partition the live bytes at every instant, so at the peak they add up to the peak exactly:
+
+    parameters       the model's weights                     buffers   its other tensors
+    gradients        what ends in a parameter's .grad        inputs    the batch
+    optimizer_state  what the optimizer keeps per parameter
+    activations      what autograd keeps for backward, and what a checkpoint's recomputation made for it
+    temporary        the rest: what an op made and soon let go, and what only the user's variables still hold
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+CLASSES = ("parameters", "gradients", "optimizer_state", "activations", "temporary", "buffers", "inputs")
+
+
+class Storage:
+    """One allocation. Mutable while the step runs; `memory_class` is settled when it ends."""
+
+    __slots__ = ("freed_in", "freed_row", "index", "made_outside", "memory_class", "module", "n_bytes", "name", "op",
+                 "phase", "row", "saved")  # fmt: skip
+
+    def __init__(self, index: int, n_bytes: int, row: int) -> None:
+        self.index = index
+        self.n_bytes = n_bytes
+        self.row = row  # the op that made it
+        self.memory_class: str | None = None
+        self.op = self.module = self.name = ""
+        self.phase = "forward"
+        self.saved = False  # autograd keeps it for backward
+        self.made_outside = False  # by a factory outside every module: a batch, most likely
+        self.freed_row: int | None = None
+        self.freed_in = ""
+
+    def settle(self) -> None:
+        """Decide the class of what nobody claimed."""
+        if self.memory_class is None:
+            outlived = self.phase == "recompute" and self.freed_in not in ("", "recompute")
+            if self.made_outside:
+                self.memory_class = "inputs"
+            else:
+                self.memory_class = "activations" if self.saved or outlived else "temporary"
+
+
+@dataclass(frozen=True, slots=True)
+class Textbook:
+    """The notes' static sum, in bytes: all four at once, which no instant of a real step shows.
+
+    Activations are the outputs of the layers that have parameters, the model's own output excepted; optimizer state is
+    the tensors as large as their parameter.
+    """
+
+    parameters: int
+    activations: int
+    gradients: int
+    optimizer_state: int
+
+    @property
+    def total(self) -> int:
+        """The sum, in bytes."""
+        return self.parameters + self.activations + self.gradients + self.optimizer_state
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A storage alive at the peak."""
+
+    memory_class: str
+    module: str
+    op: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The step's memory on one device, in bytes."""
+
+    peak_bytes: int
+    peak_row: int  # the op during which the peak stands, as a row of the ledger
+    at_peak: Mapping[str, int]
+    between_steps: Mapping[str, int]
+    textbook: Textbook
+    event_rows: np.ndarray
+    event_deltas: np.ndarray
+    event_classes: np.ndarray  # indices into CLASSES
+    base: Mapping[str, int]  # live bytes when the step began
+    holdings: tuple[Holding, ...]  # what stands at the peak, the largest first
+    event_storages: np.ndarray
+
+    @cached_property
+    def timeline(self) -> Mapping[str, np.ndarray]:
+        """Live bytes of each class after each event; ``row`` says during which op."""
+        found: dict[str, np.ndarray] = {"row": self.event_rows}
+        for i, name in enumerate(CLASSES):
+            deltas = np.where(self.event_classes == i, self.event_deltas, 0)
+            found[name] = self.base[name] + np.cumsum(deltas)
+        return found
+
+    @cached_property
+    def reserved_bytes(self) -> int:
+        """What CUDA's caching allocator would hold for this step: see `bursar.allocator`."""
+        from bursar import allocator
+
+        return allocator.reserved(self)
+
+    @cached_property
+    def after_forward(self) -> Mapping[str, int]:
+        """Live bytes by class at the fullest moment of the activations."""
+        kept = self.timeline["activations"]
+        i = int(np.argmax(kept)) if len(kept) else -1
+        return {c: int(self.timeline[c][i]) if len(kept) else self.base[c] for c in CLASSES}
+
+
+def replay(
+    storages: Sequence[Storage], events: Sequence[tuple[int, int, int]], first_event: int, textbook: Textbook
+) -> Memory:
+    """Walk the allocations and frees from ``first_event`` on; those before it are what the step starts from."""
+    base = dict.fromkeys(CLASSES, 0)
+    start: dict[int, int] = {}
+    for _, storage, delta in events[:first_event]:
+        start[storage] = start.get(storage, 0) + delta
+    for storage, n_bytes in start.items():
+        if n_bytes:
+            base[_class(storages[storage])] += n_bytes
+    step = events[first_event:]
+    rows = np.fromiter((e[0] for e in step), np.int64, len(step))
+    ids = np.fromiter((e[1] for e in step), np.int64, len(step))
+    deltas = np.fromiter((e[2] for e in step), np.int64, len(step))
+    number = {name: i for i, name in enumerate(CLASSES)}
+    classes = np.fromiter((number[_class(storages[e[1]])] for e in step), np.int8, len(step))
+    at_start = sum(base.values())
+    live = at_start + np.cumsum(deltas)
+    i = int(np.argmax(live)) if len(step) else -1
+    peak = int(live[i]) if len(step) else at_start
+    if peak <= at_start:
+        i, peak = -1, at_start
+    upto = slice(0, i + 1)
+    at_peak = {c: base[c] + int(deltas[upto][classes[upto] == number[c]].sum()) for c in CLASSES}
+    end = {c: base[c] + int(deltas[classes == number[c]].sum()) for c in CLASSES}
+    held = dict(start)
+    for j in range(i + 1):
+        held[int(ids[j])] = held.get(int(ids[j]), 0) + int(deltas[j])
+    holdings = sorted(
+        (Holding(_class(s), s.name or s.module, s.op, n) for s, n in ((storages[k], n) for k, n in held.items()) if n),
+        key=lambda h: (-h.n_bytes, h.module, h.op),
+    )
+    return Memory(
+        peak, int(rows[i]) if i >= 0 else 0, at_peak, end, textbook, rows, deltas, classes, base, tuple(holdings), ids
+    )
+
+
+def _class(storage: Storage) -> str:
+    return storage.memory_class or "temporary"

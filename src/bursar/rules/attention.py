@@ -1,0 +1,102 @@
+"""Fused attention kernels: the scores never reach memory, and a mask the kernel is told of is work not done.
+
+B batch, H query heads, S queries, T keys, d head size (dv of the values).
+"""
+
+from __future__ import annotations
+
+from bursar.rules import Op, Work, rule
+
+
+def pairs(S: int, T: int, causal: bool = False, left: int | None = None, right: int | None = None) -> int:
+    """Query-key pairs the mask lets through: query i sees keys i-left ... i+right, causal being right = 0.
+
+    >>> pairs(64, 64, causal=True) == 64 * 65 // 2
+    True
+    >>> pairs(4, 4, causal=True, left=1)
+    7
+    """
+    if causal:
+        right = 0
+    if right is None and left is None:
+        return S * T
+    if right == 0 and left is None:  # closed form: rows 1, 2, ... T, T, T
+        full = min(S, T)
+        return full * (full + 1) // 2 + (S - full) * T
+    first = [0 if left is None else max(0, i - left) for i in range(S)]
+    last = [T if right is None else min(T, i + right + 1) for i in range(S)]
+    return sum(max(0, b - a) for a, b in zip(first, last, strict=True))
+
+
+def attend(op: Op, heads: int, S: int, T: int, d: int, dv: int, backward: bool, **mask: int | bool | None) -> Work:
+    """Work of one kernel over ``heads`` = B·H score matrices.
+
+    Forward is QK^T and PV: 2·pairs·(d + dv). Backward is dV, dP, dQ and dK, twice that, and QK^T once more because
+    the scores were not stored (Dao 2022, FlashAttention, section 3.1): 2·pairs·d of recompute.
+    """
+    seen = pairs(S, T, **mask)  # type: ignore[arg-type]
+    forward, square = (2 * heads * p * (d + dv) for p in (seen, S * T))
+    if not backward:
+        return op.moving(forward, full_square_flops=square)
+    return op.moving(2 * forward, recompute_flops=2 * heads * seen * d, full_square_flops=2 * square)
+
+
+def _sdpa(op: Op, backward: bool) -> Work:
+    (B, H, S, d), (_, _, T, _), dv = op["query"].shape, op["key"].shape, op["value"].shape[-1]
+    return attend(op, B * H, S, T, d, dv, backward, causal=bool(op["is_causal"]))
+
+
+@rule(
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_fused_attention_overrideable",
+    kind="attention",
+)
+def sdpa(op: Op) -> Work:
+    """softmax(QK^T)V on (B, H, S, d); grouped queries cost what their query heads do."""
+    return _sdpa(op, backward=False)
+
+
+@rule(
+    "aten._scaled_dot_product_flash_attention_backward",
+    "aten._scaled_dot_product_efficient_attention_backward",
+    "aten._scaled_dot_product_cudnn_attention_backward",
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten._scaled_dot_product_fused_attention_overrideable_backward",
+    kind="attention",
+)
+def sdpa_backward(op: Op) -> Work:
+    """Twice forward, and the scores once more."""
+    return _sdpa(op, backward=True)
+
+
+def _dense_or_packed(op: Op, backward: bool) -> Work:
+    """(B, S, H, d), or packed (total, H, d) with cumulative lengths: then sequences of equal length are assumed."""
+    q, k, v = op["query"].shape, op["key"].shape, op["value"].shape
+    starts = next((op[n] for n in ("cum_seq_q", "cu_seqlens_q", "cumulative_sequence_length_q") if op[n]), None)
+    H, d, dv = q[-2], q[-1], v[-1]
+    if len(q) == 3 or starts is not None:
+        B = starts.shape[0] - 1 if starts is not None else 1
+        S, T = q[-3] * (q[0] if len(q) == 4 else 1) // B, k[-3] * (k[0] if len(k) == 4 else 1) // B
+    else:
+        B, S, T = q[0], q[1], k[1]
+    left, right = op["window_size_left"], op["window_size_right"]
+    causal = bool(op["is_causal"]) or op["custom_mask_type"] in (1, 2)  # 1 top-left, 2 bottom-right
+    window = op["window_size"]
+    left = window - 1 if window else (left if left is not None and left >= 0 else None)
+    return attend(op, B * H, S, T, d, dv, backward, causal=causal, left=left,
+                  right=right if right is not None and right >= 0 else None)  # fmt: skip
+
+
+@rule("aten._flash_attention_forward", "aten._efficient_attention_forward", kind="attention")
+def packed(op: Op) -> Work:
+    """The kernels under SDPA, called directly: heads after the sequence, windows, packed sequences."""
+    return _dense_or_packed(op, backward=False)
+
+
+@rule("aten._flash_attention_backward", "aten._efficient_attention_backward", kind="attention")
+def packed_backward(op: Op) -> Work:
+    """Twice forward, and the scores once more."""
+    return _dense_or_packed(op, backward=True)

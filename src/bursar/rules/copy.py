@@ -1,0 +1,69 @@
+"""Ops that move or fill memory and compute nothing, and those that do not even that."""
+
+from __future__ import annotations
+
+from bursar.rules import Op, Work, rule
+
+# Views and bare allocations: the only ops that cost nothing. Views share their input's storage; the rest name memory
+# without touching it. A test holds the views against torch's own schemas.
+FREE = frozenset(
+    """
+    aten.alias aten.as_strided aten.chunk aten.detach aten.detach_ aten.diagonal aten.expand aten.lift aten.lift_fresh
+    aten.movedim aten.narrow aten.permute aten.select aten.slice aten.split aten.split_with_sizes aten.squeeze
+    aten.squeeze_ aten.t aten.t_ aten.transpose aten.transpose_ aten.unbind aten.unfold aten.unsqueeze aten.unsqueeze_
+    aten.view aten._unsafe_view aten._reshape_alias aten.view_as_real aten.view_as_complex aten.unsafe_split
+    aten.unsafe_chunk aten.unsafe_split_with_sizes aten._conj aten._neg_view aten.real aten.imag
+    aten._shape_as_tensor aten.is_same_size aten._version aten.set_ aten.resize_ aten.record_stream
+    aten.empty aten.empty_like aten.empty_strided aten.empty_permuted aten.new_empty aten.new_empty_strided
+    aten._local_scalar_dense aten.sym_size aten.sym_stride aten.sym_numel aten.sym_storage_offset aten.is_nonzero
+    aten.split_copy aten._nested_tensor_size aten.requires_grad_ aten.swapaxes aten.reshape aten.flatten
+    aten.expand_as aten.view_as aten.contiguous aten._has_compatible_shallow_copy_type
+    """.split()
+) - {"aten.split_copy", "aten.contiguous", "aten.reshape", "aten.flatten"}
+
+# In place, but what stood there is not read
+WRITE_ONLY = frozenset(
+    """
+    aten.copy_ aten.zero_ aten.fill_ aten._foreach_zero_ aten._foreach_copy_ aten.normal_ aten.uniform_ aten.random_
+    aten.bernoulli_ aten.exponential_ aten.log_normal_ aten.cauchy_ aten.geometric_ aten.eye_
+    """.split()
+)
+
+
+@rule("aten._to_copy", "aten.clone", "aten.cat", "aten.stack", "aten.repeat", "aten.constant_pad_nd", "aten.flip",
+      "aten.roll", "aten.repeat_interleave", "aten.split_with_sizes_copy", "aten.slice_scatter", "aten.select_scatter",
+      "aten.tril", "aten.triu", "aten.reflection_pad2d", "aten.replication_pad2d", "aten.pixel_shuffle",
+      "aten.nonzero", "aten.masked_select", "aten.tril_indices", "aten.triu_indices", "aten.as_strided_scatter",
+      "aten.copy", "aten.im2col", "aten.col2im", "aten.upsample_nearest2d", kind="copy")  # fmt: skip
+def move(op: Op) -> Work:
+    """Each input read once, each output written once."""
+    return op.moving()
+
+
+@rule("aten.slice_backward", "aten.select_backward", "aten.diagonal_backward", "aten.unfold_backward",
+      "aten.as_strided_copy", kind="copy")  # fmt: skip
+def place(op: Op) -> Work:
+    """Zeros of the input's size with the gradient put in its place."""
+    return op.moving()
+
+
+@rule("aten.copy_", kind="copy")
+def copy_(op: Op) -> Work:
+    """Reads the source, writes the target."""
+    return op.moving(skip=("self",))
+
+
+@rule("aten.zeros", "aten.ones", "aten.full", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.new_zeros",
+      "aten.new_ones", "aten.new_full", "aten.scalar_tensor", "aten.arange", "aten.linspace", "aten.eye",
+      "aten.rand", "aten.randn", "aten.randint", "aten.rand_like", "aten.randn_like", "aten.randint_like",
+      "aten.randperm", "aten.normal", "aten.bernoulli", "aten.multinomial", "aten.logspace", kind="copy")  # fmt: skip
+def fill(op: Op) -> Work:
+    """Writes its output; a tensor given for its shape is not read."""
+    return Work(0, 0, sum(t.n_bytes for t in op.written))
+
+
+@rule("aten.zero_", "aten.fill_", "aten.normal_", "aten.uniform_", "aten.random_", "aten.bernoulli_",
+      "aten.exponential_", "aten.trunc_normal_", kind="copy")  # fmt: skip
+def fill_(op: Op) -> Work:
+    """Writes in place without reading."""
+    return op.moving(skip=("self",))

@@ -1,0 +1,96 @@
+"""One value in, one value out. A function evaluation is one FLOP, whatever the function; integers and booleans are none."""
+
+from __future__ import annotations
+
+from bursar.rules import Op, Tensor, Work, rule
+from bursar.rules.copy import WRITE_ONLY
+
+
+def pointwise(op: Op, per_element: int = 1) -> Work:
+    """``per_element`` FLOPs for each element of the widest tensor among the results (or, in place, what is written)."""
+    written = op.written or op.outputs
+    is_float = any(t.is_float for t in (*written, *op.inputs))
+    n = max((t.numel for t in written), default=0)
+    skip = op.writes if op.name in WRITE_ONLY else ()
+    return op.moving(per_element * n if is_float else 0, skip=skip)
+
+
+@rule("aten.addcmul", "aten.addcmul_", "aten.addcdiv", "aten.addcdiv_", kind="elementwise")
+def addcmul(op: Op) -> Work:
+    """self + value·a·b (or a/b): 3 per element."""
+    return pointwise(op, 3)
+
+
+@rule("aten.lerp", "aten.lerp_", kind="elementwise")
+def lerp(op: Op) -> Work:
+    """self + w·(end - self): 3 per element."""
+    return pointwise(op, 3)
+
+
+@rule("aten.native_dropout", kind="elementwise")
+def dropout(op: Op) -> Work:
+    """Draw, compare, scale: 1 multiply per element; writes the result and a mask of one byte each."""
+    return op.moving(op["input"].numel)
+
+
+@rule("aten.native_dropout_backward", kind="elementwise")
+def dropout_backward(op: Op) -> Work:
+    """g·mask·scale: 2 per element."""
+    return op.moving(2 * op["grad_output"].numel)
+
+
+@rule("aten.mse_loss", kind="reduction")
+def mse_loss(op: Op) -> Work:
+    """Subtract, square, add: 3 per element."""
+    return op.moving(3 * op["self"].numel)
+
+
+@rule("aten.mse_loss_backward", kind="elementwise")
+def mse_loss_backward(op: Op) -> Work:
+    """(x - y)·2/n·g: 3 per element."""
+    return op.moving(3 * op["self"].numel)
+
+
+FOREACH_FLOPS = {"addcmul": 3, "addcdiv": 3, "lerp": 3, "copy": 0, "zero": 0}  # the rest: 1 per element
+
+
+def foreach(op: Op) -> Work:
+    """One kernel over lists of tensors (the multi-tensor optimizers): per element, what its single op costs."""
+    base = op.name.removeprefix("aten._foreach_").rstrip("_")
+    results: list[Tensor] = list(op.written or op.outputs)
+    per_element = FOREACH_FLOPS.get(base, 1)
+    if base in ("norm", "max"):  # a reduction: square and add, or compare, per input element
+        return op.moving((2 if base == "norm" else 1) * sum(t.numel for t in op.inputs))
+    elements = sum(t.numel for t in results if t.is_float)
+    return op.moving(per_element * elements, skip=op.writes if op.name in WRITE_ONLY else ())
+
+
+for _base in ("abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min copy cos cosh div erf erfc exp expm1 "
+              "floor frac lerp lgamma log log10 log1p log2 max maximum minimum mul neg norm pow reciprocal round rsqrt "
+              "sigmoid sign sin sinh sqrt sub tan tanh trunc zero").split():  # fmt: skip
+    rule(f"aten._foreach_{_base}", f"aten._foreach_{_base}_", kind="elementwise")(foreach)
+
+
+@rule("aten._fused_adamw_", "aten._fused_adam_", kind="optimizer")
+def fused_adam(op: Op) -> Work:
+    """Decay 1 multiply (or add), two moments 3 + 4, bias, root, eps and division 4, update 2: 14 per parameter."""
+    n = sum(t.numel for t in op["self"])
+    return op.moving(14 * n)
+
+
+@rule("aten._fused_sgd_", kind="optimizer")
+def fused_sgd(op: Op) -> Work:
+    """Momentum 2 and update 2 per parameter."""
+    return op.moving(4 * sum(t.numel for t in op["self"]))
+
+
+@rule("aten._fused_adagrad_", kind="optimizer")
+def fused_adagrad(op: Op) -> Work:
+    """Square and add 2, root, eps, division 3, update 2 per parameter."""
+    return op.moving(7 * sum(t.numel for t in op["self"]))
+
+
+@rule("aten._amp_foreach_non_finite_check_and_unscale_", kind="elementwise")
+def unscale(op: Op) -> Work:
+    """The loss scaler's check and multiply: 1 per gradient element."""
+    return op.moving(sum(t.numel for t in op["self"]))

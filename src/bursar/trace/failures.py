@@ -1,0 +1,54 @@
+"""Turns what fake tensors cannot do into an error that names the user's line and the remedy."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from torch._subclasses import fake_tensor
+
+from bursar.errors import BursarError, DataDependent, TraceFailed
+
+_OURS = str(Path(__file__).resolve().parent.parent)
+_TORCH = str(Path(torch.__file__).resolve().parent)
+_NEEDS_DATA = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
+
+
+def note(error: BaseException, module: str) -> None:
+    """Remember the innermost module an error passed through."""
+    if not hasattr(error, "bursar_module"):
+        error.bursar_module = module  # type: ignore[attr-defined]
+
+
+def user_line(error: BaseException) -> str:
+    """``file.py:12: code`` of the innermost frame that is neither torch's nor ours; empty when there is none."""
+    found = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = str(Path(frame.filename).resolve()) if not frame.filename.startswith("<") else frame.filename
+        inside = path.startswith((_OURS, _TORCH, sys.base_prefix + "/lib/python")) and "/workload/modules/" not in path
+        if not inside:
+            found = f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return found
+
+
+def explain(error: BaseException, on: str | None) -> BursarError | None:
+    """The error a user should see instead of ``error``, or None when their own is the better one."""
+    module, where = getattr(error, "bursar_module", ""), user_line(error) or "an unknown line"
+    func = getattr(error, "func", None) or (error.args[0] if error.args else "an op")
+    if isinstance(error, _NEEDS_DATA):
+        return DataDependent(
+            module,
+            where,
+            f"{func} needs the values of a tensor and a trace has only shapes. Take the value from a Python number, or "
+            "write it without data: torch.where for a branch, a multiplied mask for x[x > 0], no .item() in forward.",
+        )
+    if isinstance(error, fake_tensor.UnsupportedOperatorException):
+        name = str(func).rsplit(".", 1)[0].replace(".", "::", 1)
+        return TraceFailed(
+            f"the operator {func} (in {module or 'the model'}, at {where}) has no fake kernel, so its output's shape is "
+            f"unknown. Give it one: @torch.library.register_fake({name!r}) on a function that returns an empty tensor "
+            "of that shape."
+        )
+    return None

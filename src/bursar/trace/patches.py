@@ -1,0 +1,225 @@
+"""What is changed in torch while a trace runs, all of it here, all of it undone.
+
+On a torch without CUDA, ``"cuda"`` fails in some places before any dispatch could translate it, and some of torch's
+Python asks ``tensor.device.type`` and gets on with what it hears. So for the duration of a trace "cuda" is translated to
+the fake accelerator going in, and the fake accelerator answers "cuda" when asked from Python. C++ asks by another door
+(``prim.device``) and still hears the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim import optimizer as optimizer_module
+from torch.utils import _foreach_utils
+
+from bursar.trace import accelerator, autocast
+
+_ABSENT = object()
+CUDA = torch.device("cuda", 0)
+
+
+class Undo:
+    """Attributes set for a while; `restore` puts every one back, the last first."""
+
+    def __init__(self) -> None:
+        self._old: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> Any:
+        """Set ``owner.name`` and return what stood there."""
+        old = vars(owner).get(name, _ABSENT) if isinstance(owner, type) else getattr(owner, name, _ABSENT)
+        self._old.append((owner, name, old))
+        setattr(owner, name, value)
+        return getattr(owner, name) if old is _ABSENT else old
+
+    def restore(self) -> None:
+        """Put everything back."""
+        while self._old:
+            owner, name, old = self._old.pop()
+            if old is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
+
+
+def translate(device: Any) -> Any:
+    """The fake accelerator for anything that means CUDA; everything else as it came."""
+    if isinstance(device, torch.device):
+        return torch.device(accelerator.NAME, 0) if device.type == "cuda" else device
+    if isinstance(device, str) and device.split(":")[0] == "cuda":
+        return torch.device(accelerator.NAME, 0)
+    return device
+
+
+def _plain_int_to_cuda(device: Any) -> Any:
+    return CUDA if device is None or isinstance(device, int) else device
+
+
+@contextlib.contextmanager
+def cuda_means_fake(replaced: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+    """Within this block ``"cuda"`` is the fake accelerator.
+
+    ``replaced(module, name, real_parameter)`` is told of each real parameter of a user's own module that a ``.to``
+    replaces by a fake one, so that the caller can put it back.
+    """
+    undo = Undo()
+    try:
+        _tensors(undo, replaced)
+        _autocast(undo)
+        _cuda_module(undo)
+        yield
+    finally:
+        undo.restore()
+        autocast.clear_cache()
+
+
+@contextlib.contextmanager
+def foreach_optimizers() -> Iterator[None]:
+    """Let optimizers batch fake tensors: on CUDA they do, but torch looks at the exact type and sees a subclass."""
+    undo = Undo()
+    try:
+        for module in (optimizer_module, _foreach_utils):
+            undo.set(module, "_foreach_supported_types", [*module._foreach_supported_types, FakeTensor])
+        yield
+    finally:
+        undo.restore()
+
+
+def _tensors(undo: Undo, replaced: Callable[[torch.nn.Module, str, Any], None]) -> None:
+    name = accelerator.NAME
+    true_device = FakeTensor.__dict__["device"].fget
+
+    def device(self: Any) -> torch.device:
+        found: torch.device = true_device(self)
+        return CUDA if found.type == name else found
+
+    undo.set(FakeTensor, "device", property(device, FakeTensor.__dict__["device"].fset))
+    undo.set(FakeTensor, "is_cuda", property(lambda self: self.fake_device.type == name))
+    new = FakeTensor.__new__
+
+    def fake_new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # (fake_mode, elem, device, ...) by position or by name
+        if len(args) > 2 and args[2] is not None:
+            args = (*args[:2], translate(args[2]), *args[3:])
+        for key in ("device", "fake_device", "_fake_device"):
+            if key in kwargs:
+                kwargs[key] = translate(kwargs[key])
+        return new(cls, *args, **kwargs)
+
+    undo.set(FakeTensor, "__new__", staticmethod(fake_new))
+
+    to = torch.Tensor.to
+
+    def tensor_to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(translate(CUDA if type(a) is int else a) for a in args)
+        if "device" in kwargs:
+            kwargs["device"] = translate(kwargs["device"])
+        return to(self, *args, **kwargs)
+
+    undo.set(torch.Tensor, "to", tensor_to)
+    undo.set(
+        torch.Tensor,
+        "cuda",
+        lambda self, device=None, non_blocking=False, memory_format=torch.preserve_format: to(
+            self, translate(CUDA), non_blocking=non_blocking, memory_format=memory_format
+        ),
+    )
+    for factory in ("tensor", "as_tensor", "asarray", "empty_strided", "empty", "zeros", "ones", "full", "rand",
+                    "randn", "randint", "arange", "linspace", "eye", "randperm"):  # fmt: skip
+        plain = getattr(torch, factory)
+
+        @functools.wraps(plain)
+        def made(*args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
+            if "device" in kwargs:
+                kwargs["device"] = translate(kwargs["device"])
+            return _plain(*args, **kwargs)
+
+        undo.set(torch, factory, made)
+
+    apply = torch.nn.Module._apply
+    moved: dict[int, tuple[Any, Any]] = {}  # a tied parameter is moved once; the real one is kept alive for its id
+
+    def module_apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        for key, param in self._parameters.items():
+            if param is None:
+                continue
+            with torch.no_grad():
+                applied = fn(param)
+            if applied is param:
+                continue
+            if isinstance(param, FakeTensor):  # in place, as torch does for real ones: optimizers keep their grip
+                grad, param.grad = param.grad, None
+                # torch.utils.swap_tensors without its refusal of weak references, of which fake tensors have some
+                moving = torch.nn.Parameter(applied, requires_grad=param.requires_grad)
+                del applied
+                torch._C._swap_tensor_impl(param, moving)
+                param.__dict__, moving.__dict__ = moving.__dict__, param.__dict__
+                if grad is not None:
+                    param.grad = fn(grad)
+            elif isinstance(applied, FakeTensor):
+                if id(param) not in moved:
+                    moved[id(param)] = (param, torch.nn.Parameter(applied, requires_grad=param.requires_grad))
+                replaced(self, key, param)
+                self._parameters[key] = moved[id(param)][1]
+            else:
+                return apply(self, fn, recurse=False)
+        for key, buf in self._buffers.items():
+            if buf is not None:
+                applied = fn(buf)
+                if isinstance(applied, FakeTensor) and not isinstance(buf, FakeTensor):
+                    replaced(self, key, buf)
+                self._buffers[key] = applied
+        return self
+
+    undo.set(torch.nn.Module, "_apply", module_apply)
+
+
+def _autocast(undo: Undo) -> None:
+    init = torch.autocast.__init__
+
+    def autocast_init(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        init(self, accelerator.NAME if device_type == "cuda" else device_type, *args, **kwargs)
+
+    undo.set(torch.autocast, "__init__", autocast_init)
+    for question in ("is_autocast_enabled", "get_autocast_dtype"):
+        plain = getattr(torch, question)
+        undo.set(
+            torch,
+            question,
+            lambda *args, _plain=plain: _plain(*(accelerator.NAME if a == "cuda" else a for a in args)),
+        )
+    clear = torch.clear_autocast_cache
+
+    def clear_autocast_cache() -> None:
+        autocast.clear_cache()
+        clear()
+
+    undo.set(torch, "clear_autocast_cache", clear_autocast_cache)
+
+
+def _cuda_module(undo: Undo) -> None:
+    """``torch.cuda`` answers as a machine with one device would; nothing is touched."""
+    fake = getattr(torch, accelerator.NAME)
+    for name in ("synchronize", "empty_cache", "set_device", "current_stream", "default_stream", "stream", "device",
+                 "get_rng_state", "set_rng_state", "is_bf16_supported", "get_device_properties", "Stream",
+                 "Event"):  # fmt: skip
+        undo.set(torch.cuda, name, getattr(fake, name))
+    undo.set(torch.cuda, "is_available", lambda: True)
+    undo.set(torch.cuda, "is_initialized", lambda: True)
+    undo.set(torch.cuda, "device_count", lambda: 1)
+    undo.set(torch.cuda, "current_device", lambda: 0)
+    undo.set(torch.cuda, "get_device_name", lambda device=None: "bursar's fake accelerator")
+    undo.set(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    undo.set(torch.cuda, "_lazy_init", lambda: None)
+    for name in ("manual_seed", "manual_seed_all", "seed_all", "reset_peak_memory_stats"):
+        undo.set(torch.cuda, name, lambda *args: None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        undo.set(torch.cuda, name, lambda device=None: 0)

@@ -1,0 +1,378 @@
+"""Writes the ledger: a dispatch mode that sees every op torch runs, and asks the rules what it costs.
+
+Keep no references. Autograd hands a gradient over without a copy only if nobody else holds it, so a recorder that kept
+outputs would add phantom copies to the step it watches. Storages are known by address and watched by weak reference.
+
+Never raise inside backward. Leaving a C++ autograd node by a Python exception ends the process on the fake accelerator
+(its device guard is Python); errors there are kept and raised when backward returns.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bursar import rules
+from bursar.ledger import Row
+from bursar.memory import Storage
+from bursar.rules import Op, Tensor, Work
+
+aten = torch.ops.aten
+_ACCUMULATE_GRAD = 2**64 - 1  # the sequence number of every AccumulateGrad node
+
+_Priced = tuple[str, Work, str, tuple[tuple[int, ...], ...], tuple[str, ...]]
+
+DTYPE_NAMES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8", torch.complex64: "complex64",
+    torch.complex128: "complex128", torch.bool: "bool",
+}  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``fp32``, ``bf16``, …: the field's short names; torch's own for the rest."""
+    return DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+class _OpInfo:
+    """What never changes about an op: its name, its schema's arguments, what it writes."""
+
+    __slots__ = ("arg_names", "defaults", "fake", "free", "ignored", "is_view", "makes_inputs", "name", "returns_new", "tags", "writes")
+
+    def __init__(self, func: Any) -> None:
+        schema = func._schema
+        namespace, base = schema.name.split("::")
+        self.name = f"{namespace}.{base}"
+        # prim.* and profiler.* are torch talking to itself, half of the stream of a fake step
+        self.ignored = namespace in ("prim", "profiler")
+        self.arg_names = [a.name for a in schema.arguments]
+        self.defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        self.writes = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+        aliases = [r.alias_info for r in schema.returns]
+        self.is_view = any(a is not None and not a.is_write for a in aliases)
+        self.returns_new = any(a is None for a in aliases)
+        self.free = self.is_view or self.name in rules.FREE
+        self.tags = frozenset(str(t).split(".")[-1] for t in func.tags)
+        self.fake = _FAKES.get(self.name)
+        found = rules.RULES.get(self.name)
+        self.makes_inputs = self.name == "aten._to_copy" or (found is not None and found.work is rules.copy.fill)
+
+
+def _fake_rms_norm(x: Any, shape: Any, weight: Any, eps: Any) -> Any:
+    rstd = torch.empty((*x.shape[: x.dim() - len(shape)], *[1] * len(shape)), dtype=torch.float32, device=x.fake_device)
+    return torch.empty_like(x), rstd
+
+
+def _fake_rms_norm_backward(grad: Any, x: Any, shape: Any, rstd: Any, weight: Any, mask: Any) -> Any:
+    return (torch.empty_like(x) if mask[0] else None), (torch.empty_like(weight) if mask[1] else None)
+
+
+# Ops that torch's fake tensors do not know on this device
+_FAKES = {"aten._fused_rms_norm": _fake_rms_norm, "aten._fused_rms_norm_backward": _fake_rms_norm_backward}
+
+
+class Recorder(TorchDispatchMode):
+    """Records ops, storages and their lifetimes on one device type while it is the innermost mode.
+
+    ``tf32`` names the kinds whose fp32 runs on TF32 tensor cores.
+    """
+
+    def __init__(self, device_type: str, tf32: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.tf32 = tf32
+        self.rows: list[Row] = []
+        self.storages: list[Storage] = []
+        self.events: list[tuple[int, int, int]] = []  # (row, storage, +bytes or -bytes)
+        self.phase = "forward"
+        self.backward_depth = 0
+        self.after_backward = False
+        self.creates_graph = False
+        self.error: BaseException | None = None
+        self.muted = 0
+        self.module = ""
+        self.depth = 0
+        self.backward_at_depth = 0
+        self._live: dict[int, tuple[Storage, Any]] = {}
+        self._infos: dict[Any, _OpInfo] = {}
+        self._specs: dict[Any, Tensor] = {}
+        self._costs: dict[Any, _Priced] = {}
+        self._entered: list[int] = [0]  # autograd sequence numbers at which the module changed, and to what
+        self._entered_module: list[str] = [""]
+        self._node_number = -1
+        self._node_module = ""
+        self.leaf_modules: dict[int, str] = {}  # storage address of a parameter -> its module
+
+    # ---- what the session tells it
+
+    def enter(self, module: str) -> None:
+        """From here on ops belong to ``module``."""
+        self.module = module
+        number = torch._C._autograd._get_sequence_nr()
+        if self._entered[-1] == number:
+            self._entered_module[-1] = module
+        else:
+            self._entered.append(number)
+            self._entered_module.append(module)
+
+    def adopt(self, tensor: torch.Tensor, memory_class: str, name: str = "") -> None:
+        """Count ``tensor``'s storage as ``memory_class`` from now on, whoever made it."""
+        if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.device_type:
+            return
+        storage = self._storage(tensor)
+        if storage is not None:
+            storage.memory_class = memory_class
+            if name and not storage.name:
+                storage.name = name
+
+    def known(self, tensor: torch.Tensor) -> Storage | None:
+        """The record of ``tensor``'s storage, if it is on this device and alive."""
+        found = self._live.get(tensor.untyped_storage()._cdata)
+        return found[0] if found else None
+
+    def resized(self, address: int, n_bytes: int) -> None:
+        """A storage was resized in place (FSDP does, and so may a user)."""
+        found = self._live.get(address)
+        if found is not None and found[0].n_bytes != n_bytes:
+            self.events.append((len(self.rows) - 1, found[0].index, n_bytes - found[0].n_bytes))
+            found[0].n_bytes = n_bytes
+
+    # ---- what torch tells it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        info = self._infos.get(func)
+        if info is None:
+            info = self._infos[func] = _OpInfo(func)
+        if info.ignored or self.muted:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        node = torch._C._current_autograd_node() if self.backward_depth else None
+        try:
+            if kwargs:
+                device = kwargs.get("device")
+                if device is not None and device.type == "cuda" and self.device_type != "cpu":
+                    kwargs = {**kwargs, "device": torch.device(self.device_type, 0)}
+                out = (info.fake or func)(*args, **kwargs)
+            else:
+                out = (info.fake or func)(*args)
+        except BaseException as error:
+            if node is None:
+                raise
+            return self._carry_on(error, func, args)
+        if info.is_view:
+            return out
+        try:
+            self._record(info, node, args, kwargs, out)
+        except BaseException as error:
+            if node is None:
+                raise
+            self.error = self.error or error
+        return out
+
+    def _carry_on(self, error: BaseException, func: Any, args: Any) -> Any:
+        """Keep ``error`` for the end of backward and return something of a plausible shape."""
+        self.error = self.error or error
+        like = [a for a in args if isinstance(a, torch.Tensor)]
+        n = len(func._schema.returns)
+        with self:
+            made = [torch.empty_like(like[min(i, len(like) - 1)]) for i in range(n)] if like else [None] * n
+        return made[0] if n == 1 else tuple(made)
+
+    def _record(self, info: _OpInfo, node: Any, args: Any, kwargs: Any, out: Any) -> None:
+        seen: dict[int, None] = {}
+        key: list[Any] = [info]
+        here = [False]
+        for a in args:
+            key.append(self._signature(a, seen, here))
+        if kwargs:
+            for name, value in kwargs.items():
+                key.append(name)
+                key.append(self._signature(value, seen, here))
+        outs: list[Any] = []
+        if info.returns_new:
+            if isinstance(out, torch.Tensor):
+                outs.append(out)
+            elif isinstance(out, (list, tuple)):
+                outs = [t for t in out if isinstance(t, torch.Tensor)]
+                if not outs:
+                    outs = [t for part in out if isinstance(part, (list, tuple)) for t in part
+                            if isinstance(t, torch.Tensor)]  # fmt: skip
+        device_type = self.device_type
+        mine = [t for t in outs if isinstance(t, FakeTensor) and t.fake_device.type == device_type]
+        if not mine and not here[0]:
+            return  # an op of another device: the optimizers' step counters live on the host
+        phase, module = self._phase(node), self.module
+        if node is not None and phase == "backward":
+            module = self._module_of(node)
+        row_number = len(self.rows)
+        allocated = 0
+        for t in mine:
+            allocated += self._allocate(t, row_number, phase, module, info)
+        if info.free:
+            if not allocated:
+                return
+            dtype = dtype_name(mine[0].dtype)
+            kind, work, shapes, dtypes = "copy", _NOTHING, (tuple(mine[0].shape),), (dtype,)
+        else:
+            frozen = tuple(key)
+            try:
+                found = self._costs.get(frozen)
+            except TypeError:  # an argument that does not hash: price it afresh
+                found, frozen = None, ()
+            if found is None:
+                found = self._cost(info, args, kwargs, outs)
+                if frozen:
+                    self._costs[frozen] = found
+            kind, work, dtype, shapes, dtypes = found
+            if phase == "optimizer" and kind not in _KEEP_KIND:
+                kind = "optimizer"
+        self.rows.append(Row(phase, kind, info.name, module, dtype, shapes, dtypes, work, allocated))
+
+    def _signature(self, value: Any, seen: dict[int, None], here: list[bool]) -> Any:
+        if isinstance(value, torch.Tensor):
+            if isinstance(value, FakeTensor) and value.fake_device.type == self.device_type:
+                here[0] = True
+            if id(value) in seen:  # a kernel reads each distinct input once
+                return (value.shape, "again", value.dtype)
+            seen[id(value)] = None
+            return (value.shape, value.stride(), value.dtype)
+        if isinstance(value, (list, tuple)):
+            return tuple([self._signature(v, seen, here) for v in value])
+        return value
+
+    def _cost(self, info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> _Priced:
+        seen: dict[int, None] = {}
+        named = dict(info.defaults)
+        for name, value in zip(info.arg_names, args, strict=False):
+            named[name] = self._describe(value, seen)
+        for name, value in (kwargs or {}).items():
+            named[name] = self._describe(value, seen)
+        ordered = {name: named[name] for name in info.arg_names if name in named}
+        op = Op(info.name, ordered, tuple(self._describe(t, {}) for t in outs), info.tags, info.writes, info.returns_new)
+        dtype = next((t.dtype for t in op.inputs if t.is_float), None) or next((t.dtype for t in op.written), "none")
+        priced = rules.cost(op)
+        if priced is None:
+            priced = "uncounted", op.moving()
+        kind, work = priced
+        if dtype == "fp32" and kind in self.tf32:
+            dtype = "tf32"
+        tensors = (*op.inputs, *op.outputs)
+        return kind, work, dtype, tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors)
+
+    def _describe(self, value: Any, seen: dict[int, None]) -> Any:
+        if isinstance(value, torch.Tensor):
+            again = id(value) in seen
+            seen[id(value)] = None
+            shape = tuple(value.shape)
+            stored = math.prod(n for n, stride in zip(shape, value.stride(), strict=True) if stride != 0)
+            return Tensor(shape, dtype_name(value.dtype), 0 if again else stored * value.element_size())
+        if isinstance(value, (list, tuple)):
+            return tuple(self._describe(v, seen) for v in value)
+        return value
+
+    # ---- phases and modules
+
+    def _phase(self, node: Any) -> str:
+        if self.backward_depth:
+            if node is not None and torch.is_grad_enabled() and (not self.creates_graph or self.depth > self.backward_at_depth):
+                return "recompute"  # the engine runs with gradients off; a checkpoint's second forward turns them on
+            return "backward"
+        if self.phase == "forward" and self.after_backward:
+            if torch.is_grad_enabled():
+                self.after_backward = False
+            else:
+                return "optimizer"  # between backward and the optimizer without gradients: clipping, averaging
+        return self.phase
+
+    def _module_of(self, node: Any) -> str:
+        number = node._sequence_nr()
+        if number == self._node_number:
+            return self._node_module
+        if number == _ACCUMULATE_GRAD:
+            return self.leaf_modules.get(node.variable.untyped_storage()._cdata, "")
+        self._node_number = number
+        self._node_module = self._entered_module[bisect.bisect_right(self._entered, number) - 1]
+        return self._node_module
+
+    # ---- storages
+
+    def _allocate(self, tensor: torch.Tensor, row: int, phase: str, module: str, info: _OpInfo) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._live:
+            return 0
+        record = self._register(storage, address, row)
+        record.op, record.module, record.phase = info.name, module, phase
+        record.made_outside = not self.depth and phase == "forward" and info.makes_inputs
+        return record.n_bytes
+
+    def _storage(self, tensor: torch.Tensor) -> Storage | None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        found = self._live.get(address)
+        return found[0] if found else self._register(storage, address, len(self.rows) - 1)
+
+    def _register(self, storage: Any, address: int, row: int) -> Storage:
+        n_bytes = storage.nbytes()
+        record = Storage(len(self.storages), n_bytes, row)
+        self.storages.append(record)
+        live, events, rows = self._live, self.events, self.rows
+
+        def gone(_: Any) -> None:
+            live.pop(address, None)
+            record.freed_row = len(rows) - 1
+            record.freed_in = self._phase_now()
+            events.append((len(rows) - 1, record.index, -record.n_bytes))
+
+        live[address] = (record, weakref.ref(storage, gone))
+        events.append((row, record.index, n_bytes))
+        return record
+
+    def _phase_now(self) -> str:
+        return self._phase(torch._C._current_autograd_node()) if self.backward_depth else self.phase
+
+    def keep_for_backward(self, roots: Iterable[Any]) -> list[torch.Tensor]:
+        """Mark the storages that the graph behind ``roots`` (grad_fn nodes) saved; return the leaves it reaches.
+
+        Saved tensors are read raw: unpacking one inside a checkpoint would run the recomputation.
+        """
+        leaves: list[torch.Tensor] = []
+        todo = [r for r in roots if r is not None]
+        seen = set(todo)
+        while todo:
+            node = todo.pop()
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                leaves.append(variable)
+            for attribute in _saved_attributes(node):
+                saved = getattr(node, attribute, None)
+                for raw in saved if isinstance(saved, (list, tuple)) else (saved,):
+                    data = getattr(raw, "data", None)
+                    if isinstance(data, torch.Tensor):
+                        record = self.known(data)
+                        if record is not None:
+                            record.saved = True
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    todo.append(following)
+        return leaves
+
+
+_NOTHING = Work()
+_KEEP_KIND = rules.MODEL_KINDS | {"uncounted"}  # in the optimizer phase the other kinds become "optimizer"
+_saved_by_type: dict[type, list[str]] = {}
+
+
+def _saved_attributes(node: Any) -> list[str]:
+    found = _saved_by_type.get(type(node))
+    if found is None:
+        found = [a for a in dir(type(node)) if a.startswith("_raw_saved_")]
+        _saved_by_type[type(node)] = found
+    return found
