@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import optimizer as optimizer_module
-from torch.utils import _foreach_utils
+from torch.utils import _device, _foreach_utils
 
 from bursar.trace import accelerator, autocast
 
@@ -129,8 +129,8 @@ def _tensors(undo: Undo, replaced: Callable[[torch.nn.Module, str, Any], None]) 
             self, translate(CUDA), non_blocking=non_blocking, memory_format=memory_format
         ),
     )
-    for factory in ("tensor", "as_tensor", "asarray", "empty_strided", "empty", "zeros", "ones", "full", "rand",
-                    "randn", "randint", "arange", "linspace", "eye", "randperm"):  # fmt: skip
+    _device._device_constructors()  # torch remembers these functions on first use: let it be the true ones
+    for factory in ("tensor", "as_tensor", "asarray"):  # other factories are translated when they are dispatched
         plain = getattr(torch, factory)
 
         @functools.wraps(plain)
