@@ -102,7 +102,8 @@ def test_an_exponent_cannot_ask_for_a_billion_digits() -> None:
         (format_bytes(2**30, binary=True), "1.00 GiB"), (format_bytes(1023 * 1024, binary=True), "1020 KiB"),
         (format_rate(989.4e12, "FLOP"), "989.4 TFLOP/s"), (format_rate(3.35e12, "B"), "3.35 TB/s"),
         (format_seconds(12_436_000), "143.9 days"), (format_seconds(1.25), "1.25 s"),
-        (format_seconds(0.0032), "3.2 ms"), (format_seconds(10.0567 * 31_557_600), "10.1 years"), (format_seconds(0), "0 s"),
+        (format_seconds(0.0032), "3.2 ms"), (format_seconds(10.0567 * 31_557_600), "10.1 years"),
+        (format_seconds(0), "0 s"),
         (format_share(0.129032, 2), "12.90 %"), (format_usd(0), "$0.00"), (format_usd(999.999), "$1,000"),
     ],
 )  # fmt: skip

@@ -47,14 +47,14 @@ class UnknownName(BursarError):
 
 
 def _near(name: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The known names that begin like ``name``, in table order, then those spelt like it; each once."""
+    """The known names that begin with ``name``, in table order; where none does, those spelt like it."""
     asked = name.strip().casefold()
     if not asked:
         return ()
-    begins = [k for k in known if k.casefold().startswith(asked)]
+    if begins := tuple(k for k in known if k.casefold().startswith(asked)):
+        return begins
     folded = {k.casefold(): k for k in known}
-    alike = [folded[k] for k in difflib.get_close_matches(asked, folded, n=4, cutoff=0.6)]
-    return tuple(dict.fromkeys(begins + alike))
+    return tuple(folded[k] for k in difflib.get_close_matches(asked, folded, n=4, cutoff=0.6))
 
 
 class BadInput(BursarError):

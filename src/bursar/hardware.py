@@ -20,6 +20,8 @@ from bursar.units import format_bytes, parse_count
 __all__ = ["Accelerator", "Cluster", "accelerator", "accelerators", "by_driver_name", "cluster", "dtype_name"]
 
 _HINT = "Add a row to catalog/hardware.toml or pass --on local."
+_AS_IN = "8xh100-sxm"
+_MOST = 10**9
 _DTYPES = {
     "float64": "fp64", "double": "fp64", "float32": "fp32", "float": "fp32", "tensorfloat32": "tf32",
     "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8",
@@ -91,10 +93,9 @@ class Cluster:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise BadInput(
-                f"a cluster of {self.count!r} {self.accelerator.name} cannot be; give 1 or more, as in {_AS_IN}"
-            )
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or not 1 <= self.count <= _MOST:
+            why = f"give a whole number from 1 to {_MOST:.0e}, as in {_AS_IN}"
+            raise BadInput(f"a cluster of {self.count!r} {self.accelerator.name} cannot be; {why}")
 
     @property
     def name(self) -> str:
@@ -104,9 +105,6 @@ class Cluster:
     def peak(self, dtype: str) -> float:
         """Dense peak FLOP/s of all of them together."""
         return self.count * self.accelerator.peak(dtype)
-
-
-_AS_IN = "8xh100-sxm"
 
 
 def accelerators() -> tuple[Accelerator, ...]:
@@ -143,7 +141,7 @@ def by_driver_name(name: str) -> Accelerator:
 
 
 def cluster(text: str) -> Cluster:
-    """``"1024xh100-sxm"`` or, for one, ``"h100-sxm"``.  Raises `BadInput` for a bad count, `UnknownName` for a bad name.
+    """``"1024xh100-sxm"`` or, for one, ``"h100-sxm"``.  Raises `BadInput` for a bad count, `UnknownName` for a name.
 
     >>> cluster("1024xh100-sxm").count, cluster("mi300x").count
     (1024, 1)
