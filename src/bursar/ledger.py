@@ -115,6 +115,7 @@ class Ledger:
     assumptions: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     partial: bool = False
+    replicas: int = 1  # data-parallel ranks doing the same; the rows are one rank's, `flops` the whole job's
 
     def __len__(self) -> int:
         return len(self.rows) - self.first_row
@@ -133,7 +134,7 @@ class Ledger:
         attention = square = square_model = 0
         for row in self.recorded:
             work = row.work
-            done = work.flops + work.recompute_flops
+            done = (work.flops + work.recompute_flops) * self.replicas
             if not done:
                 continue
             by_kind[row.kind] = by_kind.get(row.kind, 0) + done
@@ -141,13 +142,14 @@ class Ledger:
             if row.phase == "optimizer":
                 phases["optimizer"] += done
             elif row.kind in MODEL_KINDS:
-                phases[row.phase] += work.flops
-                phases["recompute"] += work.recompute_flops
+                phases[row.phase] += work.flops * self.replicas
+                phases["recompute"] += work.recompute_flops * self.replicas
                 if row.kind == "attention":
                     attention += done
-                    square += work.full_square_flops + work.recompute_flops * work.full_square_flops // work.flops
+                    again = work.recompute_flops * work.full_square_flops // work.flops
+                    square += (work.full_square_flops + again) * self.replicas
                     if row.phase != "recompute":
-                        square_model += work.full_square_flops - work.flops
+                        square_model += (work.full_square_flops - work.flops) * self.replicas
         return Flops(
             **phases,
             by_kind=by_kind,
@@ -183,7 +185,7 @@ class Ledger:
     @cached_property
     def memory(self) -> Memory:
         """Live bytes over the step: peak, what stands at it, what stays between steps."""
-        return memory.replay(self.storages, self.events, self.first_event, self.textbook)
+        return memory.replay(self.storages, self.events, self.first_event, self.textbook, buckets=self.replicas > 1)
 
     @cached_property
     def ops(self) -> polars.DataFrame:

@@ -118,9 +118,16 @@ class Memory:
 
 
 def replay(
-    storages: Sequence[Storage], events: Sequence[tuple[int, int, int]], first_event: int, textbook: Textbook
+    storages: Sequence[Storage],
+    events: Sequence[tuple[int, int, int]],
+    first_event: int,
+    textbook: Textbook,
+    buckets: bool = False,
 ) -> Memory:
-    """Walk the allocations and frees from ``first_event`` on; those before it are what the step starts from."""
+    """Walk the allocations and frees from ``first_event`` on; those before it are what the step starts from.
+
+    With ``buckets`` the gradients live in DDP's buckets (gradient_as_bucket_view), which stand from step to step.
+    """
     base = dict.fromkeys(CLASSES, 0)
     start: dict[int, int] = {}
     for _, storage, delta in events[:first_event]:
@@ -129,6 +136,9 @@ def replay(
         if n_bytes:
             base[_class(storages[storage])] += n_bytes
     step = events[first_event:]
+    if buckets:
+        step = [e for e in step if storages[e[1]].memory_class != "gradients"]
+        base["gradients"] = textbook.gradients
     rows = np.fromiter((e[0] for e in step), np.int64, len(step))
     ids = np.fromiter((e[1] for e in step), np.int64, len(step))
     deltas = np.fromiter((e[2] for e in step), np.int64, len(step))
@@ -143,7 +153,7 @@ def replay(
     upto = slice(0, i + 1)
     at_peak = {c: base[c] + int(deltas[upto][classes[upto] == number[c]].sum()) for c in CLASSES}
     end = {c: base[c] + int(deltas[classes == number[c]].sum()) for c in CLASSES}
-    held = dict(start)
+    held = {k: n for k, n in start.items() if not (buckets and storages[k].memory_class == "gradients")}
     for j in range(i + 1):
         held[int(ids[j])] = held.get(int(ids[j]), 0) + int(deltas[j])
     holdings = sorted(

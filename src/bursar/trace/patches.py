@@ -56,8 +56,10 @@ def translate(device: Any) -> Any:
     return device
 
 
-def _plain_int_to_cuda(device: Any) -> Any:
-    return CUDA if device is None or isinstance(device, int) else device
+def _default_device() -> torch.device | None:
+    """The device of the innermost ``with torch.device(...)``; torch.get_default_device would make a tensor to tell."""
+    modes = reversed(torch.overrides._get_current_function_mode_stack())
+    return next((mode.device for mode in modes if isinstance(mode, _device.DeviceContext)), None)
 
 
 @contextlib.contextmanager
@@ -135,11 +137,23 @@ def _tensors(undo: Undo, replaced: Callable[[torch.nn.Module, str, Any], None]) 
 
         @functools.wraps(plain)
         def made(*args: Any, _plain: Any = plain, **kwargs: Any) -> Any:
-            if "device" in kwargs:
-                kwargs["device"] = translate(kwargs["device"])
-            return _plain(*args, **kwargs)
+            device = kwargs.pop("device", None)
+            if device is None and args and isinstance(args[0], torch.Tensor):
+                return _plain(*args, **kwargs)
+            device = translate(_default_device() if device is None else device)
+            if str(device).split(":")[0] != name:
+                return _plain(*args, device=device, **kwargs)
+            wants = kwargs.pop("requires_grad", False)  # made on the host and moved: torch builds it below the modes
+            return to(_plain(*args, device="cpu", **kwargs), device).requires_grad_(wants)
 
         undo.set(torch, factory, made)
+
+    context = _device.DeviceContext.__init__  # `with torch.device("cuda")` and set_default_device
+
+    def context_init(self: Any, device: Any) -> None:
+        context(self, translate(torch.device(device)))
+
+    undo.set(_device.DeviceContext, "__init__", context_init)
 
     apply = torch.nn.Module._apply
     moved: dict[int, tuple[Any, Any]] = {}  # a tied parameter is moved once; the real one is kept alive for its id

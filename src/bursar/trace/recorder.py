@@ -74,8 +74,22 @@ def _fake_rms_norm_backward(grad: Any, x: Any, shape: Any, rstd: Any, weight: An
     return (torch.empty_like(x) if mask[0] else None), (torch.empty_like(weight) if mask[1] else None)
 
 
-# Ops that torch's fake tensors do not know on this device
-_FAKES = {"aten._fused_rms_norm": _fake_rms_norm, "aten._fused_rms_norm_backward": _fake_rms_norm_backward}
+def _fake_to_copy(x: Any, **kwargs: Any) -> Any:
+    """Move a small constant without its value, which torch would try to make on the fake accelerator."""
+    constant = getattr(x, "constant", None)
+    if constant is None or kwargs.get("device") in (None, torch.device("cpu")):
+        return aten._to_copy.default(x, **kwargs)
+    x.constant = None
+    try:
+        return aten._to_copy.default(x, **kwargs)
+    finally:
+        x.constant = constant
+
+
+# Ops that torch's fake tensors do not know, or do wrongly, on this device
+_FAKES = {
+    "aten._to_copy": _fake_to_copy,
+    "aten._fused_rms_norm": _fake_rms_norm, "aten._fused_rms_norm_backward": _fake_rms_norm_backward}
 
 
 class Recorder(TorchDispatchMode):
@@ -208,7 +222,7 @@ class Recorder(TorchDispatchMode):
         if not mine and not here[0]:
             return  # an op of another device: the optimizers' step counters live on the host
         phase, module = self._phase(node), self.module
-        if node is not None and phase == "backward":
+        if node is not None and (phase == "backward" or not module):
             module = self._module_of(node)
         row_number = len(self.rows)
         allocated = 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import bursar
@@ -31,6 +32,7 @@ class Session:
         self.roots: list[torch.nn.Module] = []
         self.names: dict[int, str] = {}
         self.assumptions: list[str] = []
+        self.checkpointed: frozenset[int] = frozenset()  # ids of modules whose forward runs under a checkpoint
         self.steps: list[tuple[int, int, int]] = []  # (optimizer, row, event) at the end of each optimizer.step
         self._calls: list[tuple[int, int, int]] = []  # (row, samples, tokens) of each outermost forward
         self._first: tuple[int, int] | None = None
@@ -86,20 +88,26 @@ class Session:
         if not recorder.depth and not recorder.backward_depth:
             samples, tokens = _batch_of(args, kwargs)
             self._calls.append((len(recorder.rows), samples, tokens))
-        before = recorder.module
-        recorder.depth += 1
-        recorder.enter(name)
-        try:
-            out = forward(module, *args, **kwargs)
-            if not recorder.backward_depth:
-                self._note_output(module, name, out)
-            return out
-        except BaseException as error:
-            failures.note(error, name)
-            raise
-        finally:
-            recorder.depth -= 1
-            recorder.enter(before)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = recorder.module
+            recorder.depth += 1
+            recorder.enter(name)
+            try:
+                out = forward(module, *args, **kwargs)
+                if not recorder.backward_depth:
+                    self._note_output(module, name, out)
+                return out
+            except BaseException as error:
+                failures.note(error, name)
+                raise
+            finally:
+                recorder.depth -= 1
+                recorder.enter(before)
+
+        if id(module) in self.checkpointed and not recorder.backward_depth:
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return run(*args, **kwargs)
 
     def _note_output(self, module: torch.nn.Module, name: str, out: Any) -> None:
         if isinstance(out, torch.Tensor) and next(iter(module._parameters.values()), None) is not None:

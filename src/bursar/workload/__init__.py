@@ -1,1 +1,1 @@
-"""What to run: the model, its batch and its loss, as real PyTorch."""
+"""What to run: presets, a user's own model or config, optimizers, and the step that is traced."""

@@ -1,0 +1,294 @@
+"""One training step of a workload, run on fake tensors and written down."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from bursar.errors import BadInput, UnknownName
+from bursar.hardware import cluster
+from bursar.ledger import Ledger, Step
+from bursar.trace import Session
+from bursar.trace.patches import Undo
+from bursar.workload import optimizers
+from bursar.workload.resolve import Workload, from_callable, loss_of_output, resolve, size_of_batch
+
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")
+RECOMPUTE = ("none", "selective", "full")
+_MIXED = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
+
+
+def step(
+    model: nn.Module | Callable[..., Any] | str,
+    batch: Any = None,
+    *,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    precision: str = "fp32",
+    optimizer: str | None = None,
+    recompute: str = "none",
+    accumulate: int = 1,
+    on: str | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> Ledger:
+    """What one training step of ``model`` costs: forward, backward and optimizer, traced without running anything.
+
+    ``model`` is a module, a callable returning one (or a module and a batch), or a name as on the command line. A module
+    is copied onto fake tensors first; the one given is not touched. ``batch`` is a tensor, a tuple of arguments or a
+    dict of keyword arguments for its forward. ``batch_size`` is the micro-batch of one data-parallel rank in samples,
+    ``accumulate`` the micro-batches per step. ``on`` is a catalogue name, ``"cpu"``, or None for a GPU in general;
+    ``"8xh100-sxm"`` is eight data-parallel ranks. ``loss(module, batch)`` returns the scalar to differentiate; without
+    it the model's own loss is used, else the mean of its output.
+
+    Raises UnknownName and BadInput for what cannot be meant, DataDependent where forward needs a tensor's values, and
+    whatever the model's own code raises.
+    """
+    _check(precision, optimizer, recompute, accumulate)
+    replicas = 1
+    if on not in (None, "cpu"):
+        assert on is not None
+        replicas = cluster(on).count
+    if isinstance(model, str):
+        work = resolve(model, batch_size, seq_len)
+    elif isinstance(model, nn.Module):
+        work = Workload(type(model).__name__, lambda: (model, batch), loss or loss_of_output)
+    elif callable(model):
+        work = from_callable(model, getattr(model, "__name__", type(model).__name__), batch_size, seq_len)
+    else:
+        raise BadInput(f"{type(model).__name__} is no model; give a torch.nn.Module, a callable returning one, or a name")
+    if isinstance(model, nn.Module) and batch is None:
+        raise BadInput("a module needs a batch to run on: bursar.step(module, batch)")
+    if loss is not None:
+        work = dataclasses.replace(work, loss=loss)
+    if batch is not None and not isinstance(model, nn.Module):
+        made = work.make
+
+        def with_batch() -> tuple[nn.Module, Any]:
+            first = made()
+            return first[0], batch
+
+        work = dataclasses.replace(work, make=with_batch, samples=None, tokens=None)
+    return run(work, precision, optimizer or work.optimizer, recompute, accumulate, on, replicas)
+
+
+def _check(precision: str, optimizer: str | None, recompute: str, accumulate: int) -> None:
+    if precision not in PRECISIONS:
+        raise UnknownName("precision", precision, PRECISIONS)
+    if recompute not in RECOMPUTE:
+        raise UnknownName("recompute", recompute, RECOMPUTE)
+    if optimizer is not None and optimizer not in optimizers.OPTIMIZERS:
+        raise UnknownName("optimizer", optimizer, optimizers.OPTIMIZERS)
+    if accumulate < 1:
+        raise BadInput(f"{accumulate} micro-batches train nothing; give --accumulate 1 or more")
+
+
+def run(
+    work: Workload,
+    precision: str = "fp32",
+    optimizer: str = "adamw",
+    recompute: str = "none",
+    accumulate: int = 1,
+    on: str | None = None,
+    replicas: int = 1,
+) -> Ledger:
+    """Trace two steps of ``work``, the first to make the optimizer's states and fill caches, and keep the second."""
+    tf32 = frozenset({"matmul", "conv"}) if precision == "tf32" else frozenset[str]()
+    session = Session(on, tf32)
+    device = torch.device("cpu" if on == "cpu" else "cuda")
+    with session.open():
+        with device, fake_copies(device):
+            module, batch = work.make()
+            module, batch = copy.deepcopy((module, batch)) if _has_real(module, batch) else (module, batch)
+        module.train()
+        module.to(device)
+        batch = _moved(batch, device)
+        if precision == "bf16":
+            module.to(torch.bfloat16)
+            batch = _cast(batch, torch.bfloat16)
+        session.register(module)
+        for tensor in _each(batch):
+            session.recorder.adopt(tensor, "inputs", "batch")
+        if recompute == "full":
+            session.checkpointed = _blocks(module)
+        chosen = optimizers.build(optimizer, [p for p in module.parameters() if p.requires_grad])
+        scaler = _Scaler(device) if precision == "fp16-mixed" else None
+
+        def one_step() -> None:
+            for _ in range(accumulate):
+                cast = _MIXED.get(precision)
+                with torch.autocast(device.type, cast) if cast else contextlib.nullcontext():
+                    loss = work.loss(module, batch)
+                if accumulate > 1:
+                    loss = loss / accumulate
+                if scaler is not None:
+                    loss = scaler.scale(loss)
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+            if scaler is not None:
+                scaler.unscale([p.grad for p in module.parameters() if p.grad is not None])
+            chosen.step()
+            chosen.zero_grad(set_to_none=True)
+
+        with _selective(recompute):
+            one_step()
+            session.mark()
+            one_step()
+    ledger = session.ledger
+    samples, tokens = size_of_batch(batch) if work.samples is None else (work.samples, work.tokens or work.samples)
+    notes = _assumptions(work, precision, optimizer, recompute, replicas, ledger)
+    return dataclasses.replace(
+        ledger,
+        model=dataclasses.replace(ledger.model, name=work.name),
+        step=Step(samples * accumulate * replicas, tokens * accumulate * replicas, accumulate),
+        replicas=replicas,
+        assumptions=(*ledger.assumptions, *notes),
+    )
+
+
+def _assumptions(
+    work: Workload, precision: str, optimizer: str, recompute: str, replicas: int, ledger: Ledger
+) -> list[str]:
+    notes = [*work.assumptions]
+    notes.append(
+        {
+            "fp32": "fp32 throughout, TF32 off (torch's default lets convolutions use it: --precision tf32)",
+            "tf32": "fp32 storage; matmuls and convolutions on TF32 tensor cores",
+            "bf16": "parameters, gradients and optimizer state in bf16",
+            "bf16-mixed": "bf16 autocast over fp32 parameters, gradients and optimizer state",
+            "fp16-mixed": "fp16 autocast over fp32 parameters, gradients and state, with loss scaling",
+        }[precision]
+    )
+    notes.append(f"optimizer {optimizer}; the step after a warm-up step; zero_grad(set_to_none=True)")
+    if recompute == "full":
+        notes.append("recompute full: every repeated block is checkpointed")
+    if recompute == "selective":
+        notes.append("recompute selective: the attention core is checkpointed")
+        if ledger.flops.recompute == 0:
+            notes.append("no call of torch.nn.functional.scaled_dot_product_attention was found to recompute")
+    if replicas > 1:
+        notes.append(f"{replicas} data-parallel ranks (DDP, gradients as bucket views); a figure of memory is one rank's")
+    return notes
+
+
+# ---- copying a user's module onto fake tensors
+
+
+@contextlib.contextmanager
+def fake_copies(device: torch.device) -> Any:
+    """Within this block ``copy.deepcopy`` of a real tensor makes an empty fake one: shape, strides, dtype, no data."""
+    undo = Undo()
+
+    def fake(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        if id(tensor) in memo:
+            return memo[id(tensor)]  # type: ignore[no-any-return]
+        new = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        elif tensor.is_floating_point():
+            new.requires_grad_(tensor.requires_grad)
+        memo[id(tensor)] = new
+        return new
+
+    try:
+        undo.set(torch.Tensor, "__deepcopy__", fake)
+        undo.set(nn.Parameter, "__deepcopy__", fake)
+        yield
+    finally:
+        undo.restore()
+
+
+def _has_real(module: nn.Module, batch: Any) -> bool:
+    tensors = [*module.parameters(), *module.buffers(), *_each(batch)]
+    return any(not isinstance(t, FakeTensor) for t in tensors)
+
+
+def _each(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return [t for v in values for t in _each(v)]
+
+
+def _map(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {k: _map(v, change) for k, v in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_map(v, change) for v in batch)
+    return batch
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    return _map(batch, lambda t: t.to(device))
+
+
+def _cast(batch: Any, dtype: torch.dtype) -> Any:
+    return _map(batch, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+# ---- recompute
+
+
+def _blocks(module: nn.Module) -> frozenset[int]:
+    """The modules to checkpoint: members of the outermost lists of two or more alike. Raises BadInput for none."""
+    found: set[int] = set()
+
+    def look(parent: nn.Module) -> None:
+        children = list(parent.children())
+        alike = len({type(c) for c in children}) == 1 and len(children) > 1
+        if isinstance(parent, (nn.ModuleList, nn.Sequential)) and alike and next(children[0].parameters(), None) is not None:
+            found.update(id(c) for c in children)
+            return
+        for child in children:
+            look(child)
+
+    look(module)
+    if not found:
+        raise BadInput(
+            "--recompute full checkpoints the repeated blocks of a ModuleList or Sequential, and this model has none; "
+            "use torch.utils.checkpoint inside the model instead"
+        )
+    return frozenset(found)
+
+
+@contextlib.contextmanager
+def _selective(recompute: str) -> Any:
+    """With ``selective``, checkpoint the attention core alone (Korthikanti et al. 2022, section 4)."""
+    undo = Undo()
+    if recompute == "selective":
+        from torch.utils.checkpoint import checkpoint
+
+        plain = torch.nn.functional.scaled_dot_product_attention
+
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+
+        undo.set(torch.nn.functional, "scaled_dot_product_attention", attention)
+    try:
+        yield
+    finally:
+        undo.restore()
+
+
+class _Scaler:
+    """torch.amp.GradScaler's two kernels, without its look at the values (a step is assumed to be finite)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._scale = torch.full((), 2.0**16, device=device)
+        self._inverse = torch.full((), 2.0**-16, device=device)
+        self._found_inf = torch.full((), 0.0, device=device)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss * self._scale
+
+    def unscale(self, gradients: list[Tensor]) -> None:
+        with torch.no_grad():
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found_inf, self._inverse)
