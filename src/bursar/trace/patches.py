@@ -233,6 +233,7 @@ def _cuda_module(undo: Undo) -> None:
     undo.set(torch.cuda, "get_device_name", lambda device=None: "bursar's fake accelerator")
     undo.set(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     undo.set(torch.cuda, "_lazy_init", lambda: None)
+    undo.set(torch.cuda, "is_current_stream_capturing", lambda: False)  # torch 2.11's optimizers ask on each step
     for name in ("manual_seed", "manual_seed_all", "seed_all", "reset_peak_memory_stats"):
         undo.set(torch.cuda, name, lambda *args: None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
