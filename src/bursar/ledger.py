@@ -35,6 +35,7 @@ class Row(NamedTuple):
     dtypes: tuple[str, ...]
     work: Work
     allocated_bytes: int
+    reads_weight: bool = False  # whether an operand of a product is a parameter or its cast copy
 
 
 @dataclass(frozen=True, slots=True)

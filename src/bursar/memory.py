@@ -17,6 +17,8 @@ from functools import cached_property
 
 import numpy as np
 
+from bursar import allocator
+
 CLASSES = ("parameters", "gradients", "optimizer_state", "activations", "temporary", "buffers", "inputs")
 
 
@@ -24,7 +26,7 @@ class Storage:
     """One allocation. Mutable while the step runs; `memory_class` is settled when it ends."""
 
     __slots__ = ("freed_in", "freed_row", "index", "made_outside", "memory_class", "module", "n_bytes", "name", "op",
-                 "phase", "row", "saved")  # fmt: skip
+                 "phase", "row", "saved", "weight_copy")  # fmt: skip
 
     def __init__(self, index: int, n_bytes: int, row: int) -> None:
         self.index = index
@@ -35,6 +37,7 @@ class Storage:
         self.phase = "forward"
         self.saved = False  # autograd keeps it for backward
         self.made_outside = False  # by a factory outside every module: a batch, most likely
+        self.weight_copy = False  # a parameter in another dtype, as autocast makes it
         self.freed_row: int | None = None
         self.freed_in = ""
 
@@ -92,6 +95,7 @@ class Memory:
     base: Mapping[str, int]  # live bytes when the step began
     holdings: tuple[Holding, ...]  # what stands at the peak, the largest first
     event_storages: np.ndarray
+    base_storages: tuple[tuple[int, int], ...]  # (storage, bytes) alive when the step began
 
     @cached_property
     def timeline(self) -> Mapping[str, np.ndarray]:
@@ -105,9 +109,8 @@ class Memory:
     @cached_property
     def reserved_bytes(self) -> int:
         """What CUDA's caching allocator would hold for this step: see `bursar.allocator`."""
-        from bursar import allocator
-
-        return allocator.reserved(self)
+        step = zip(self.event_storages.tolist(), self.event_deltas.tolist(), strict=True)
+        return allocator.reserved_bytes([*self.base_storages, *step])
 
     @cached_property
     def after_forward(self) -> Mapping[str, int]:
@@ -153,7 +156,10 @@ def replay(
     upto = slice(0, i + 1)
     at_peak = {c: base[c] + int(deltas[upto][classes[upto] == number[c]].sum()) for c in CLASSES}
     end = {c: base[c] + int(deltas[classes == number[c]].sum()) for c in CLASSES}
-    held = {k: n for k, n in start.items() if not (buckets and storages[k].memory_class == "gradients")}
+    alive = {k: n for k, n in start.items() if not (buckets and storages[k].memory_class == "gradients")}
+    if buckets and textbook.gradients:
+        alive[-1] = textbook.gradients
+    held = {k: n for k, n in alive.items() if k >= 0}
     for j in range(i + 1):
         held[int(ids[j])] = held.get(int(ids[j]), 0) + int(deltas[j])
     holdings = sorted(
@@ -161,8 +167,9 @@ def replay(
         key=lambda h: (-h.n_bytes, h.module, h.op),
     )
     return Memory(
-        peak, int(rows[i]) if i >= 0 else 0, at_peak, end, textbook, rows, deltas, classes, base, tuple(holdings), ids
-    )
+        peak, int(rows[i]) if i >= 0 else 0, at_peak, end, textbook, rows, deltas, classes, base, tuple(holdings), ids,
+        tuple((k, n) for k, n in alive.items() if n),
+    )  # fmt: skip
 
 
 def _class(storage: Storage) -> str:

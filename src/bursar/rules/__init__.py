@@ -88,7 +88,11 @@ class Op:
         return tuple(found)
 
     def moving(self, flops: int = 0, *, skip: tuple[str, ...] = (), **more: int) -> Work:
-        """``flops`` with the bytes of a plain kernel: every input once but those in ``skip``, every output once."""
+        """``flops`` with the bytes of a plain kernel: every input once but those in ``skip``, every output once.
+
+        An ``out=`` tensor is an output, whatever stood in it.
+        """
+        skip = (*skip, *(name for name in self.writes if name.startswith("out")))
         read = sum(t.n_bytes for name, value in self.args.items() if name not in skip for t in _tensors(value))
         return Work(flops, read, sum(t.n_bytes for t in self.written), **more)
 

@@ -16,10 +16,10 @@ FREE = frozenset(
     aten._shape_as_tensor aten.is_same_size aten._version aten.set_ aten.resize_ aten.record_stream
     aten.empty aten.empty_like aten.empty_strided aten.empty_permuted aten.new_empty aten.new_empty_strided
     aten._local_scalar_dense aten.sym_size aten.sym_stride aten.sym_numel aten.sym_storage_offset aten.is_nonzero
-    aten.split_copy aten._nested_tensor_size aten.requires_grad_ aten.swapaxes aten.reshape aten.flatten
-    aten.expand_as aten.view_as aten.contiguous aten._has_compatible_shallow_copy_type
+    aten._nested_tensor_size aten.requires_grad_ aten.swapaxes aten.expand_as aten.view_as
+    aten._has_compatible_shallow_copy_type
     """.split()
-) - {"aten.split_copy", "aten.contiguous", "aten.reshape", "aten.flatten"}
+)
 
 # In place, but what stood there is not read
 WRITE_ONLY = frozenset(
@@ -63,7 +63,7 @@ def fill(op: Op) -> Work:
 
 
 @rule("aten.zero_", "aten.fill_", "aten.normal_", "aten.uniform_", "aten.random_", "aten.bernoulli_",
-      "aten.exponential_", "aten.trunc_normal_", kind="copy")  # fmt: skip
+      "aten.exponential_", kind="copy")  # fmt: skip
 def fill_(op: Op) -> Work:
     """Writes in place without reading."""
     return op.moving(skip=("self",))

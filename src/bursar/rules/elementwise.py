@@ -68,7 +68,8 @@ def foreach(op: Op) -> Work:
 for _base in ("abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min copy cos cosh div erf erfc exp expm1 "
               "floor frac lerp lgamma log log10 log1p log2 max maximum minimum mul neg norm pow reciprocal round rsqrt "
               "sigmoid sign sin sinh sqrt sub tan tanh trunc zero").split():  # fmt: skip
-    rule(f"aten._foreach_{_base}", f"aten._foreach_{_base}_", kind="elementwise")(foreach)
+    _in_place = () if _base in ("max", "norm") else (f"aten._foreach_{_base}_",)
+    rule(f"aten._foreach_{_base}", *_in_place, kind="elementwise")(foreach)
 
 
 @rule("aten._fused_adamw_", "aten._fused_adam_", kind="optimizer")

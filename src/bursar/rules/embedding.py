@@ -19,7 +19,7 @@ def embedding_backward(op: Op) -> Work:
     return Work(grad.numel, op["indices"].n_bytes + 2 * grad.n_bytes, op.output.n_bytes + grad.n_bytes)
 
 
-@rule("aten.index_select", "aten.gather", "aten.index", "aten.take", "aten._index_put_impl_", kind="embedding")
+@rule("aten.index_select", "aten.gather", "aten.index", "aten.take", kind="embedding")
 def gather(op: Op) -> Work:
     """Reads what it picks and where from, writes what it picked."""
     picked = op.output.n_bytes
@@ -27,7 +27,7 @@ def gather(op: Op) -> Work:
 
 
 @rule("aten.index_add", "aten.index_add_", "aten.scatter_add", "aten.scatter_add_", "aten.index_put",
-      "aten.index_put_", "aten.scatter", "aten.scatter_", "aten.index_copy", "aten.index_copy_",
+      "aten.index_put_", "aten._index_put_impl_", "aten.scatter", "aten.scatter_", "aten.index_copy", "aten.index_copy_",
       kind="embedding")  # fmt: skip
 def scatter(op: Op) -> Work:
     """Adds or puts each source element in its place; out of place it copies the target first."""

@@ -37,7 +37,7 @@ def logsumexp(op: Op) -> Work:
     return reduce(op, 4)
 
 
-@rule("aten.avg_pool2d", "aten._adaptive_avg_pool2d", "aten.max_pool2d_with_indices", "aten._adaptive_avg_pool1d",
+@rule("aten.avg_pool2d", "aten._adaptive_avg_pool2d", "aten.max_pool2d_with_indices",
       "aten.avg_pool1d", "aten._adaptive_avg_pool3d", "aten.avg_pool3d", "aten.adaptive_max_pool2d",
       "aten.max_pool3d_with_indices", kind="reduction")  # fmt: skip
 def pool(op: Op) -> Work:

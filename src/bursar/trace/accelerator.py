@@ -158,8 +158,10 @@ def _scaled_dot_product_attention(
     head_dim = query.shape[-1]
     grouped = fits_4d and query.shape[1] != key.shape[1]
     half = query.dtype in (torch.float16, torch.bfloat16)
+    square = not is_causal or query.shape[-2] == key.shape[-2]  # flash would align the mask to the other corner
     choice = _enabled_backends()
-    if choice["flash"] and fits_4d and half and attn_mask is None and head_dim <= 256 and value.shape[-1] == head_dim:
+    flash = fits_4d and half and square and attn_mask is None and head_dim <= 256 and value.shape[-1] == head_dim
+    if choice["flash"] and flash:
         pad = -head_dim % 8
         if pad:  # the kernel wants multiples of 8: torch pads and slices
             query, key, value = (torch.nn.functional.pad(t, (0, pad)) for t in (query, key, value))

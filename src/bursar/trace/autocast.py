@@ -36,9 +36,7 @@ FP32 = (
     "cross_entropy_loss"
 ).split()
 # AT_FORALL_PROMOTE: the widest floating dtype among the arguments
-PROMOTE = (
-    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add cat stack".split()
-)
+PROMOTE = "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add cat stack".split()
 
 _cast_weights: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 

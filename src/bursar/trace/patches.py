@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import optimizer as optimizer_module
 from torch.utils import _device, _foreach_utils
 
@@ -102,6 +102,8 @@ def _tensors(undo: Undo, replaced: Callable[[torch.nn.Module, str, Any], None]) 
 
     undo.set(FakeTensor, "device", property(device, FakeTensor.__dict__["device"].fset))
     undo.set(FakeTensor, "is_cuda", property(lambda self: self.fake_device.type == name))
+    # Now that torch.cuda.is_available() says yes, fake mode would move real constants and build tensors on a device.
+    undo.set(FakeTensorMode, "avoid_device_init", True)
     new = FakeTensor.__new__
 
     def fake_new(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -44,7 +44,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 class _OpInfo:
     """What never changes about an op: its name, its schema's arguments, what it writes."""
 
-    __slots__ = ("arg_names", "defaults", "fake", "free", "ignored", "is_view", "makes_inputs", "name", "returns_new", "tags", "writes")
+    __slots__ = (
+        "arg_names",
+        "defaults",
+        "fake",
+        "free",
+        "ignored",
+        "is_view",
+        "makes_inputs",
+        "name",
+        "returns_new",
+        "tags",
+        "writes",
+    )
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
@@ -89,7 +101,9 @@ def _fake_to_copy(x: Any, **kwargs: Any) -> Any:
 # Ops that torch's fake tensors do not know, or do wrongly, on this device
 _FAKES = {
     "aten._to_copy": _fake_to_copy,
-    "aten._fused_rms_norm": _fake_rms_norm, "aten._fused_rms_norm_backward": _fake_rms_norm_backward}
+    "aten._fused_rms_norm": _fake_rms_norm,
+    "aten._fused_rms_norm_backward": _fake_rms_norm_backward,
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -157,6 +171,10 @@ class Recorder(TorchDispatchMode):
         if found is not None and found[0].n_bytes != n_bytes:
             self.events.append((len(self.rows) - 1, found[0].index, n_bytes - found[0].n_bytes))
             found[0].n_bytes = n_bytes
+
+    def close(self) -> None:
+        """Stop watching: storages freed from now on are not written down."""
+        self._live.clear()
 
     # ---- what torch tells it
 
@@ -246,7 +264,18 @@ class Recorder(TorchDispatchMode):
             kind, work, dtype, shapes, dtypes = found
             if phase == "optimizer" and kind not in _KEEP_KIND:
                 kind = "optimizer"
-        self.rows.append(Row(phase, kind, info.name, module, dtype, shapes, dtypes, work, allocated))
+        reads_weight = kind in rules.MODEL_KINDS and self._reads_weight(args)
+        if info.name == "aten._to_copy" and mine and self._reads_weight(args):
+            self._live[mine[0].untyped_storage()._cdata][0].weight_copy = True
+        self.rows.append(Row(phase, kind, info.name, module, dtype, shapes, dtypes, work, allocated, reads_weight))
+
+    def _reads_weight(self, args: Any) -> bool:
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                found = self._live.get(a.untyped_storage()._cdata)
+                if found is not None and (found[0].memory_class == "parameters" or found[0].weight_copy):
+                    return True
+        return False
 
     def _signature(self, value: Any, seen: dict[int, None], here: list[bool]) -> Any:
         if isinstance(value, torch.Tensor):
@@ -268,7 +297,9 @@ class Recorder(TorchDispatchMode):
         for name, value in (kwargs or {}).items():
             named[name] = self._describe(value, seen)
         ordered = {name: named[name] for name in info.arg_names if name in named}
-        op = Op(info.name, ordered, tuple(self._describe(t, {}) for t in outs), info.tags, info.writes, info.returns_new)
+        op = Op(
+            info.name, ordered, tuple(self._describe(t, {}) for t in outs), info.tags, info.writes, info.returns_new
+        )
         dtype = next((t.dtype for t in op.inputs if t.is_float), None) or next((t.dtype for t in op.written), "none")
         priced = rules.cost(op)
         if priced is None:
@@ -294,7 +325,11 @@ class Recorder(TorchDispatchMode):
 
     def _phase(self, node: Any) -> str:
         if self.backward_depth:
-            if node is not None and torch.is_grad_enabled() and (not self.creates_graph or self.depth > self.backward_at_depth):
+            if (
+                node is not None
+                and torch.is_grad_enabled()
+                and (not self.creates_graph or self.depth > self.backward_at_depth)
+            ):
                 return "recompute"  # the engine runs with gradients off; a checkpoint's second forward turns them on
             return "backward"
         if self.phase == "forward" and self.after_backward:

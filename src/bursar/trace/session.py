@@ -283,6 +283,7 @@ class Session:
         total = sum(n for n, _, _ in sizes)
         trained = sum(n * size for n, size, wants in sizes if wants)
         self._layer_outputs.pop(self._last_layer, None)
+        recorder.close()  # what is freed from here on is no part of the step
         return Ledger(
             recorder.rows,
             recorder.storages,

@@ -164,7 +164,9 @@ def guess_batch(model: nn.Module, batch_size: int, seq_len: int) -> tuple[tuple[
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Embedding):
             x = torch.randint(0, layer.num_embeddings, (batch_size, seq_len))
-            return (x,), f"the batch is guessed: tokens ({batch_size}, {seq_len}), for the embedding {name!r} comes first"
+            return (
+                x,
+            ), f"the batch is guessed: tokens ({batch_size}, {seq_len}), for the embedding {name!r} comes first"
         if isinstance(layer, nn.Conv2d):
             x = torch.randn(batch_size, layer.in_channels, 224, 224)
             return (x,), f"the batch is guessed: images {tuple(x.shape)}, for the convolution {name!r} comes first"

@@ -62,7 +62,9 @@ def step(
     elif callable(model):
         work = from_callable(model, getattr(model, "__name__", type(model).__name__), batch_size, seq_len)
     else:
-        raise BadInput(f"{type(model).__name__} is no model; give a torch.nn.Module, a callable returning one, or a name")
+        raise BadInput(
+            f"{type(model).__name__} is no model; give a torch.nn.Module, a callable returning one, or a name"
+        )
     if isinstance(model, nn.Module) and batch is None:
         raise BadInput("a module needs a batch to run on: bursar.step(module, batch)")
     if loss is not None:
@@ -173,7 +175,9 @@ def _assumptions(
         if ledger.flops.recompute == 0:
             notes.append("no call of torch.nn.functional.scaled_dot_product_attention was found to recompute")
     if replicas > 1:
-        notes.append(f"{replicas} data-parallel ranks (DDP, gradients as bucket views); a figure of memory is one rank's")
+        notes.append(
+            f"{replicas} data-parallel ranks (DDP, gradients as bucket views); a figure of memory is one rank's"
+        )
     return notes
 
 
@@ -244,7 +248,11 @@ def _blocks(module: nn.Module) -> frozenset[int]:
     def look(parent: nn.Module) -> None:
         children = list(parent.children())
         alike = len({type(c) for c in children}) == 1 and len(children) > 1
-        if isinstance(parent, (nn.ModuleList, nn.Sequential)) and alike and next(children[0].parameters(), None) is not None:
+        if (
+            isinstance(parent, (nn.ModuleList, nn.Sequential))
+            and alike
+            and next(children[0].parameters(), None) is not None
+        ):
             found.update(id(c) for c in children)
             return
         for child in children:

@@ -1,0 +1,57 @@
+"""What every command shares: one object on stdout with ``--json``, else the page; progress and warnings on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+
+Json = Annotated[bool, Parameter(negative=(), help="print one JSON object and nothing else")]
+Explain = Annotated[bool, Parameter(negative=(), help="give formula, inputs and source of each headline figure")]
+
+
+def print_json(record: Any) -> None:
+    """``record`` as one line of strict JSON."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(record), indent=2).decode() + "\n")
+
+
+def print_page(*parts: Any) -> None:
+    """Print renderables and text: as wide as the terminal, and never cut when it is a pipe."""
+    from bursar.report.text import console
+
+    out = console()
+    for part in parts:
+        out.print(part)
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Each message on a line of stderr."""
+    for message in messages:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[None]:
+    """Say what takes long, on a terminal's stderr only, and take it back when it is done."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def need_torch(why: str) -> None:
+    """Raise MissingExtra where torch is not installed."""
+    import importlib.util
+
+    from bursar.errors import MissingExtra
+
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtra("torch", why)

@@ -1,0 +1,113 @@
+"""``bursar step``: what one training step costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from bursar.cli import common
+from bursar.errors import BadInput
+
+
+def step(
+    model: str,
+    /,
+    *,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    precision: str = "fp32",
+    optimizer: str | None = None,
+    recompute: str = "none",
+    accumulate: int = 1,
+    compile: Annotated[bool, Parameter(negative=())] = False,
+    on: str | None = None,
+    layout: str | None = None,
+    gradients: Annotated[bool, Parameter(negative=())] = False,
+    json: common.Json = False,
+    explain: common.Explain = False,
+    parquet: Path | None = None,
+) -> None:
+    """One training step of a model: FLOPs, bytes, memory over time, and on a device seconds and MFU.
+
+    The model's own code is run on tensors without data, so no GPU and no memory is needed.
+
+    Parameters
+    ----------
+    model:
+        a preset (bursar models lists them; sizes may be changed: gpt2:L=2,d=256), a Hugging Face config.json or its
+        folder, file.py:callable or package.module:callable
+    batch_size:
+        micro-batch of one data-parallel rank, in samples (8; the notes' sizes for two-layer and cruncher)
+    seq_len:
+        tokens per sample (1024, or the model's longest)
+    precision:
+        fp32, tf32, bf16 (everything in bf16), bf16-mixed or fp16-mixed (autocast over fp32 parameters)
+    optimizer:
+        sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw (adamw; adagrad for cruncher)
+    recompute:
+        none, selective (the attention core) or full (every repeated block)
+    accumulate:
+        micro-batches per optimizer step
+    compile:
+        price the fused, compiled step (not counted yet)
+    on:
+        an accelerator (h100-sxm), several as data-parallel ranks (8xh100-sxm), or cpu for the CPU backend's ops
+    layout:
+        how the ranks share the work: dp=N; others come with the planner
+    gradients:
+        per layer, the FLOPs of forward, dX and dW with shapes and formula
+    parquet:
+        write the ledger, one row per op, to this file
+    """
+    common.need_torch("a step is traced by running the model's own code")
+    if compile:
+        raise BadInput(
+            "--compile is not counted yet: a compiled step moves fewer bytes; its FLOPs are those shown without"
+        )
+    on = _with_layout(on, layout)
+    with common.progress(f"tracing {model}"):
+        from bursar.workload.step import step as trace
+
+        ledger = trace(
+            model,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            precision=precision,
+            optimizer=optimizer,
+            recompute=recompute,
+            accumulate=accumulate,
+            on=on,
+        )
+    forecast = ledger.on(on) if on not in (None, "cpu") and on is not None else None
+    if parquet is not None:
+        ledger.ops.write_parquet(parquet)
+    if json:
+        from bursar.report.record import step_record
+
+        common.print_json(step_record(ledger, forecast, on=on, gradients=gradients))
+        return
+    from bursar.report import step as page
+
+    common.print_page(*page.render(ledger, forecast, on=on, gradients=gradients, explain=explain))
+
+
+def _with_layout(on: str | None, layout: str | None) -> str | None:
+    """``--on`` with the data-parallel ranks of ``--layout``. Raises BadInput for layouts that are not counted yet."""
+    if layout is None:
+        return on
+    from bursar.hardware import cluster
+
+    if on in (None, "cpu") or on is None:
+        raise BadInput("a layout needs devices to lay out over: --on 8xh100-sxm --layout dp=8")
+    parts = dict(part.partition("=")[::2] for part in layout.split(","))
+    unknown = [name for name in parts if name != "dp"]
+    if unknown:
+        raise BadInput(f"layout {unknown[0]!r} is not counted yet; step knows dp=N")
+    given = cluster(on)
+    if not parts["dp"].isdecimal() or int(parts["dp"]) != given.count:
+        raise BadInput(
+            f"layout dp={parts['dp']} does not use the {given.count} devices of --on {on}; give dp={given.count}"
+        )
+    return on

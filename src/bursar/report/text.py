@@ -1,0 +1,42 @@
+"""Pages for the terminal: rich tables that are as wide as the terminal, and uncut where there is none."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+PIPE_COLUMNS = 160  # rich would cut at 80 where it cannot ask a terminal
+
+
+def console() -> Console:
+    """A console on stdout: the terminal's width, COLUMNS if set, else wide enough that nothing is cut."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, width=int(os.environ.get("COLUMNS") or PIPE_COLUMNS), soft_wrap=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
+    """A plain table: the first ``left`` columns to the left, numbers to the right. Cells are text, never markup."""
+    made = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(_printable(cell)) for cell in row))
+    return made
+
+
+def line(text: str, style: str = "") -> Text:
+    """One line of plain text."""
+    return Text(_printable(text), style=style)
+
+
+def _printable(text: str) -> str:
+    """``text`` without control characters: a module's name is the user's, and a terminal obeys escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
