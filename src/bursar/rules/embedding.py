@@ -27,7 +27,8 @@ def gather(op: Op) -> Work:
 
 
 @rule("aten.index_add", "aten.index_add_", "aten.scatter_add", "aten.scatter_add_", "aten.index_put",
-      "aten.index_put_", "aten._index_put_impl_", "aten.scatter", "aten.scatter_", "aten.index_copy", "aten.index_copy_",
+      "aten.index_put_", "aten._index_put_impl_", "aten.scatter", "aten.scatter_", "aten.index_copy",
+      "aten.index_copy_",
       kind="embedding")  # fmt: skip
 def scatter(op: Op) -> Work:
     """Adds or puts each source element in its place; out of place it copies the target first."""

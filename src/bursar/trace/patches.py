@@ -63,15 +63,26 @@ def _default_device() -> torch.device | None:
 
 
 @contextlib.contextmanager
-def cuda_means_fake(replaced: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
-    """Within this block ``"cuda"`` is the fake accelerator.
+def modules_may_move(replaced: Callable[[torch.nn.Module, str, Any], None]) -> Iterator[None]:
+    """Within this block ``Module.to`` and its like work on fake tensors, and leave a user's own module for a fake one.
 
-    ``replaced(module, name, real_parameter)`` is told of each real parameter of a user's own module that a ``.to``
-    replaces by a fake one, so that the caller can put it back.
+    ``replaced(module, name, real_parameter)`` is told of each real parameter or buffer that a move replaces by a fake
+    one, so that the caller can put it back.
     """
     undo = Undo()
     try:
-        _tensors(undo, replaced)
+        _modules(undo, replaced)
+        yield
+    finally:
+        undo.restore()
+
+
+@contextlib.contextmanager
+def cuda_means_fake() -> Iterator[None]:
+    """Within this block ``"cuda"`` is the fake accelerator."""
+    undo = Undo()
+    try:
+        _tensors(undo)
         _autocast(undo)
         _cuda_module(undo)
         yield
@@ -92,7 +103,7 @@ def foreach_optimizers() -> Iterator[None]:
         undo.restore()
 
 
-def _tensors(undo: Undo, replaced: Callable[[torch.nn.Module, str, Any], None]) -> None:
+def _tensors(undo: Undo) -> None:
     name = accelerator.NAME
     true_device = FakeTensor.__dict__["device"].fget
 
@@ -157,6 +168,8 @@ def _tensors(undo: Undo, replaced: Callable[[torch.nn.Module, str, Any], None]) 
 
     undo.set(_device.DeviceContext, "__init__", context_init)
 
+
+def _modules(undo: Undo, replaced: Callable[[torch.nn.Module, str, Any], None]) -> None:
     apply = torch.nn.Module._apply
     moved: dict[int, tuple[Any, Any]] = {}  # a tied parameter is moved once; the real one is kept alive for its id
 

@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
 from bursar import rules
 from bursar.ledger import Row
@@ -26,6 +27,7 @@ from bursar.rules import Op, Tensor, Work
 
 aten = torch.ops.aten
 _ACCUMULATE_GRAD = 2**64 - 1  # the sequence number of every AccumulateGrad node
+REAL = frozenset({torch.Tensor, torch.nn.Parameter})  # a tensor of these types was made outside the block
 
 _Priced = tuple[str, Work, str, tuple[tuple[int, ...], ...], tuple[str, ...]]
 
@@ -112,8 +114,9 @@ class Recorder(TorchDispatchMode):
     ``tf32`` names the kinds whose fp32 runs on TF32 tensor cores.
     """
 
-    def __init__(self, device_type: str, tf32: frozenset[str] = frozenset()) -> None:
+    def __init__(self, mode: FakeTensorMode, device_type: str, tf32: frozenset[str] = frozenset()) -> None:
         super().__init__()
+        self.mode = mode
         self.device_type = device_type
         self.tf32 = tf32
         self.rows: list[Row] = []
@@ -125,12 +128,13 @@ class Recorder(TorchDispatchMode):
         self.creates_graph = False
         self.error: BaseException | None = None
         self.muted = 0
+        self.elsewhere = 0  # ops of modules that ran on another device: seen, not counted
         self.module = ""
         self.depth = 0
         self.backward_at_depth = 0
         self._live: dict[int, tuple[Storage, Any]] = {}
+        self._stand_ins = WeakIdKeyDictionary()  # real tensor -> fake tensor
         self._infos: dict[Any, _OpInfo] = {}
-        self._specs: dict[Any, Tensor] = {}
         self._costs: dict[Any, _Priced] = {}
         self._entered: list[int] = [0]  # autograd sequence numbers at which the module changed, and to what
         self._entered_module: list[str] = [""]
@@ -152,6 +156,8 @@ class Recorder(TorchDispatchMode):
 
     def adopt(self, tensor: torch.Tensor, memory_class: str, name: str = "") -> None:
         """Count ``tensor``'s storage as ``memory_class`` from now on, whoever made it."""
+        if type(tensor) in REAL and tensor.device.type == self.device_type:
+            tensor = self.stand_in(tensor)
         if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.device_type:
             return
         storage = self._storage(tensor)
@@ -162,8 +168,34 @@ class Recorder(TorchDispatchMode):
 
     def known(self, tensor: torch.Tensor) -> Storage | None:
         """The record of ``tensor``'s storage, if it is on this device and alive."""
-        found = self._live.get(tensor.untyped_storage()._cdata)
+        fake = self._stand_ins.get(tensor) if type(tensor) in REAL else tensor
+        found = self._live.get(fake.untyped_storage()._cdata) if fake is not None else None
         return found[0] if found else None
+
+    def stand_in(self, real: torch.Tensor) -> FakeTensor:
+        """The fake tensor that stands for ``real`` in every op, so that nothing computes on a user's own data.
+
+        A scalar on the host (a step count, say) keeps its value in a copy: torch's own code asks for it.
+        """
+        fake: FakeTensor | None = self._stand_ins.get(real)
+        if fake is None:
+            with _disable_current_modes(), torch.no_grad():
+                scalar = real.dim() == 0 and real.device.type == "cpu"
+                alias = real.detach().clone() if scalar else real.detach()
+                fake = self.mode.fake_tensor_converter.from_real_tensor(self.mode, alias, make_constant=scalar)
+            self._stand_ins[real] = fake
+            if fake.fake_device.type == self.device_type and self.known(fake) is None:
+                self._storage(fake).made_outside = True
+        return fake
+
+    def _without_real(self, value: Any, real: dict[int, torch.Tensor]) -> Any:
+        if type(value) in REAL:
+            fake = self.stand_in(value)
+            real[id(fake)] = value
+            return fake
+        if type(value) in (list, tuple):
+            return type(value)(self._without_real(v, real) for v in value)
+        return value
 
     def resized(self, address: int, n_bytes: int) -> None:
         """A storage was resized in place (FSDP does, and so may a user)."""
@@ -175,6 +207,7 @@ class Recorder(TorchDispatchMode):
     def close(self) -> None:
         """Stop watching: storages freed from now on are not written down."""
         self._live.clear()
+        self._stand_ins = WeakIdKeyDictionary()
 
     # ---- what torch tells it
 
@@ -184,6 +217,12 @@ class Recorder(TorchDispatchMode):
             info = self._infos[func] = _OpInfo(func)
         if info.ignored or self.muted:
             return func(*args, **kwargs) if kwargs else func(*args)
+        if _any_real(args) or (kwargs and _any_real(kwargs.values())):
+            real: dict[int, torch.Tensor] = {}
+            args = self._without_real(tuple(args), real)
+            kwargs = {k: self._without_real(v, real) for k, v in kwargs.items()} if kwargs else kwargs
+            out = self.__torch_dispatch__(func, types, args, kwargs)
+            return real.get(id(out), out)  # what is written in place is returned as it came
         node = torch._C._current_autograd_node() if self.backward_depth else None
         try:
             if kwargs:
@@ -238,6 +277,7 @@ class Recorder(TorchDispatchMode):
         device_type = self.device_type
         mine = [t for t in outs if isinstance(t, FakeTensor) and t.fake_device.type == device_type]
         if not mine and not here[0]:
+            self.elsewhere += bool(self.depth)
             return  # an op of another device: the optimizers' step counters live on the host
         phase, module = self._phase(node), self.module
         if node is not None and (phase == "backward" or not module):
@@ -417,6 +457,14 @@ class Recorder(TorchDispatchMode):
 _NOTHING = Work()
 _KEEP_KIND = rules.MODEL_KINDS | {"uncounted"}  # in the optimizer phase the other kinds become "optimizer"
 _saved_by_type: dict[type, list[str]] = {}
+
+
+def _any_real(values: Iterable[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind in REAL or ((kind is list or kind is tuple) and value and _any_real(value)):
+            return True
+    return False
 
 
 def _saved_attributes(node: Any) -> list[str]:

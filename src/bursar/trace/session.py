@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import BackwardHook
+from torch.utils.weak import WeakIdKeyDictionary
 
 import bursar
 from bursar.errors import BursarError
 from bursar.ledger import Ledger, Model, Step
 from bursar.memory import Textbook
 from bursar.trace import accelerator, failures, patches
-from bursar.trace.recorder import Recorder
+from bursar.trace.recorder import REAL, Recorder
 
 
 class Session:
@@ -28,7 +32,7 @@ class Session:
         self.on = on
         self.device = "cpu" if on == "cpu" else accelerator.NAME
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.recorder = Recorder(self.device, _tf32_flags() if tf32 is None else tf32)
+        self.recorder = Recorder(self.mode, self.device, _tf32_flags() if tf32 is None else tf32)
         self.roots: list[torch.nn.Module] = []
         self.names: dict[int, str] = {}
         self.assumptions: list[str] = []
@@ -40,6 +44,8 @@ class Session:
         self.partial = False
         self._ledger: Ledger | None = None
         self._parameters: dict[int, torch.Tensor] = {}
+        self._leaves = WeakIdKeyDictionary()  # other tensors that get a gradient, an input say: not kept alive
+        self._own_grads: dict[int, tuple[torch.Tensor, Any]] = {}  # real parameters and the .grad they came with
         self._layer_outputs: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
         self._optimizers: dict[int, Any] = {}
@@ -57,6 +63,7 @@ class Session:
         """Learn the names of ``root``'s modules and the class of its parameters and buffers."""
         if id(root) in self.names:
             return
+        self._remember(root)
         prefix = "" if not self.roots else f"{type(root).__name__}."
         self.roots.append(root)
         for name, module in root.named_modules():
@@ -71,9 +78,54 @@ class Session:
 
     def _parameter(self, parameter: torch.Tensor, module: str, name: str) -> None:
         self._parameters.setdefault(id(parameter), parameter)
-        if isinstance(parameter, FakeTensor):
-            self.recorder.adopt(parameter, "parameters", name)
-            self.recorder.leaf_modules.setdefault(parameter.untyped_storage()._cdata, module)
+        self._own_grad(parameter)
+        self.recorder.adopt(parameter, "parameters", name)
+        self.recorder.leaf_modules.setdefault(parameter.untyped_storage()._cdata, module)
+        if parameter.grad is not None:
+            self.recorder.adopt(parameter.grad, "gradients", name)
+
+    # ---- a user's own module, made of real tensors: nothing of the trace may stay in it
+
+    def _own_grad(self, parameter: torch.Tensor) -> None:
+        if type(parameter) in REAL:
+            self._own_grads.setdefault(id(parameter), (parameter, parameter.grad))
+
+    def _own_grads_of(self, parameters: Iterable[torch.Tensor]) -> None:
+        for parameter in parameters:
+            self._own_grad(parameter)
+
+    def _put_back_grads(self) -> None:
+        for parameter, grad in self._own_grads.values():
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+    def _remember(self, root: torch.nn.Module) -> None:
+        """Note what ``root`` holds, to take out every fake tensor its forward may leave in it (a cache, a buffer)."""
+        tensors = (*root.parameters(), *root.buffers())
+        if any(type(t) in REAL for t in tensors):
+            for module in root.modules():
+                for held in (module.__dict__, module._parameters, module._buffers):
+                    self._undo.append(functools.partial(_without_fakes, held, dict(held)))
+
+    def _remember_optimizer(self, optimizer: Any) -> None:
+        """Note the state and settings of an optimizer over real parameters."""
+        groups = optimizer.param_groups
+        if not any(type(p) in REAL for group in groups for p in group["params"]):
+            return
+        settings = [dict(group) for group in groups]
+        states = {p: dict(state) for p, state in optimizer.state.items()}
+
+        def put_back() -> None:
+            for group, setting in zip(groups, settings, strict=False):
+                group.clear()
+                group.update(setting)
+            for p in list(optimizer.state):
+                if p in states:
+                    optimizer.state[p] = states[p]
+                else:
+                    del optimizer.state[p]
+
+        self._undo.append(put_back)
 
     def call(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a module's forward under its name."""
@@ -128,11 +180,16 @@ class Session:
             finally:
                 recorder.muted -= 1
             for leaf in leaves:
-                if id(leaf) not in self._parameters:
+                if id(leaf) in self._parameters:
+                    continue
+                self._own_grad(leaf)
+                if isinstance(leaf, torch.nn.Parameter):
                     self._parameters[id(leaf)] = leaf
-                    known = recorder.known(leaf) if isinstance(leaf, FakeTensor) else None
-                    if known is not None and known.memory_class is None and isinstance(leaf, torch.nn.Parameter):
+                    known = recorder.known(leaf)
+                    if known is not None and known.memory_class is None:
                         known.memory_class = "parameters"
+                else:
+                    self._leaves[leaf] = None
             recorder.backward_at_depth = recorder.depth
             recorder.creates_graph = creates_graph
         recorder.backward_depth += 1
@@ -142,7 +199,7 @@ class Session:
             recorder.backward_depth -= 1
             if not recorder.backward_depth:
                 recorder.after_backward = True
-                for parameter in self._parameters.values():
+                for parameter in (*self._parameters.values(), *self._leaves):
                     grad = parameter.grad if parameter.is_leaf else None
                     if grad is not None:
                         recorder.adopt(grad, "gradients")
@@ -150,17 +207,37 @@ class Session:
                 if error is not None:
                     raise error
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._optimizers.setdefault(id(optimizer), optimizer)
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if id(optimizer) not in self._optimizers:
+            self._optimizers[id(optimizer)] = optimizer
+            self._remember_optimizer(optimizer)
+        for parameter in parameters:
+            if id(parameter) not in self._parameters:
+                self._parameter(parameter, "", "")
         self.recorder.phase = "optimizer"
+        return tuple(map(self._closure, args)), {k: self._closure(v) for k, v in kwargs.items()}
+
+    def _closure(self, argument: Any) -> Any:
+        """A closure that an optimizer calls within its step (LBFGS) is forward and backward."""
+        if not callable(argument):
+            return argument
+
+        def closure() -> Any:
+            self.recorder.phase = "forward"
+            try:
+                return argument()
+            finally:
+                self.recorder.phase = "optimizer"
+
+        return closure
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.recorder.phase = "forward"
         self.steps.append((id(optimizer), len(self.recorder.rows), len(self.recorder.events)))
         for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    self.recorder.adopt(value, "optimizer_state")
+            for tensor in _tensors(state):
+                self.recorder.adopt(tensor, "optimizer_state")
         self.recorder.after_backward = True
 
     # ---- the block
@@ -175,20 +252,21 @@ class Session:
         if self.device != "cpu":
             accelerator.install()
         undo = patches.Undo()
-        rng, python_rng = torch.get_rng_state(), random.getstate()
-        touched: dict[int, tuple[torch.Tensor, Any]] = {}
+        rng, python_rng, numpy_rng = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
         with contextlib.ExitStack() as stack:
             stack.callback(torch.set_rng_state, rng)
             stack.callback(random.setstate, python_rng)
+            stack.callback(np.random.set_state, numpy_rng)
             stack.callback(lambda: [f() for f in reversed(self._undo)])
-            stack.callback(lambda: _put_back_gradients(touched))
+            stack.callback(self._put_back_grads)
             stack.callback(undo.restore)
-            self._patch(undo, touched)
+            self._patch(undo)
             stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
             stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(patches.modules_may_move(self._replaced))
             if self.device != "cpu":
-                stack.enter_context(patches.cuda_means_fake(self._replaced))
+                stack.enter_context(patches.cuda_means_fake())
                 stack.enter_context(patches.foreach_optimizers())
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -205,14 +283,10 @@ class Session:
                 finally:
                     self._ledger = self._write()
 
-    def _patch(self, undo: patches.Undo, touched: dict[int, tuple[torch.Tensor, Any]]) -> None:
+    def _patch(self, undo: patches.Undo) -> None:
         forward = torch.nn.Module.__call__
 
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-            if not module.__dict__.get("_bursar_seen_real", False):
-                for parameter in module._parameters.values():
-                    if parameter is not None and not isinstance(parameter, FakeTensor):
-                        touched.setdefault(id(parameter), (parameter, parameter.grad))
             return self.call(module, forward, args, kwargs)
 
         undo.set(torch.nn.Module, "__call__", call)
@@ -228,6 +302,13 @@ class Session:
 
         undo.set(torch.autograd, "backward", traced_backward)
         undo.set(torch.autograd, "grad", traced_grad)
+        engine = torch.autograd._engine_run_backward  # for who imported backward or grad before: both end here
+
+        def traced_engine(roots: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.backward(engine, roots, (roots, *args), kwargs, bool(args[2]))
+
+        undo.set(torch.autograd, "_engine_run_backward", traced_engine)
+        self._patch_hooks(undo)
         resize = torch.UntypedStorage.resize_
 
         def resize_(storage: Any, n_bytes: int) -> Any:
@@ -239,6 +320,7 @@ class Session:
         zero_grad = torch.optim.Optimizer.zero_grad
 
         def traced_zero_grad(optimizer: Any, set_to_none: bool = True) -> None:
+            self._own_grads_of(p for group in optimizer.param_groups for p in group["params"])
             phase, self.recorder.phase = self.recorder.phase, "optimizer"
             try:
                 zero_grad(optimizer, set_to_none)
@@ -246,6 +328,39 @@ class Session:
                 self.recorder.phase = phase
 
         undo.set(torch.optim.Optimizer, "zero_grad", traced_zero_grad)
+        module_zero_grad = torch.nn.Module.zero_grad
+
+        def traced_module_zero_grad(module: torch.nn.Module, set_to_none: bool = True) -> None:
+            self._own_grads_of(module.parameters())
+            module_zero_grad(module, set_to_none)
+
+        undo.set(torch.nn.Module, "zero_grad", traced_module_zero_grad)
+
+    def _patch_hooks(self, undo: patches.Undo) -> None:
+        """Keep what a hook raises until backward returns: leaving the engine from one ends the process (`recorder`)."""
+
+        def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(hook, updated=())
+            def run(*args: Any) -> Any:
+                try:
+                    return hook(*args)
+                except BaseException as error:
+                    if not self.recorder.backward_depth:
+                        raise
+                    self.recorder.error = self.recorder.error or error
+                    return None
+
+            return run
+
+        for name in ("register_hook", "register_post_accumulate_grad_hook"):
+            plain = getattr(torch.Tensor, name)
+            undo.set(torch.Tensor, name, lambda tensor, hook, _plain=plain: _plain(tensor, guarded(hook)))
+        init = BackwardHook.__init__
+
+        def backward_hook(own: Any, module: Any, user_hooks: Any, user_pre_hooks: Any) -> None:
+            init(own, module, [guarded(h) for h in user_hooks], [guarded(h) for h in user_pre_hooks])
+
+        undo.set(BackwardHook, "__init__", backward_hook)
 
     def mark(self) -> None:
         """The step to be kept begins here; what came before is warm-up."""
@@ -270,6 +385,11 @@ class Session:
         recorder = self.recorder
         for storage in recorder.storages:
             storage.settle()
+        if recorder.elsewhere:
+            where = "the CPU" if self.device != "cpu" else "another device than the CPU"
+            self.assumptions.append(
+                f"{recorder.elsewhere} calls of ops inside modules ran on {where} and are not counted"
+            )
         first_row, first_event = self._window()
         calls = [(samples, tokens) for row, samples, tokens in self._calls if row >= first_row]
         sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in self._parameters.values()]
@@ -277,8 +397,8 @@ class Session:
             value.numel() * value.element_size()
             for optimizer in self._optimizers.values()
             for parameter, state in optimizer.state.items()
-            for value in state.values()
-            if isinstance(value, torch.Tensor) and value.dim() and value.numel() > 1 or parameter.numel() == 1
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and key != "step"
         )
         total = sum(n for n, _, _ in sizes)
         trained = sum(n * size for n, size, wants in sizes if wants)
@@ -301,10 +421,20 @@ class Session:
         )  # fmt: skip
 
 
-def _put_back_gradients(touched: dict[int, tuple[torch.Tensor, Any]]) -> None:
-    for parameter, grad in touched.values():
-        if isinstance(parameter.grad, FakeTensor):
-            parameter.grad = grad
+def _without_fakes(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for key in [k for k, v in now.items() if isinstance(v, FakeTensor)]:
+        if key in before:
+            now[key] = before[key]
+        else:
+            del now[key]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _batch_of(args: Any, kwargs: Any) -> tuple[int, int]:
