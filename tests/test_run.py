@@ -216,11 +216,17 @@ def test_too_much_says_what_is_given_and_what_to_drop(request_, says: str) -> No
     assert "drop one" in str(raised.value)
 
 
+def test_tokens_are_solved_at_an_assumed_mfu_when_none_is_given():
+    answer = solve(parameters="7B", on="8xl4", days=3)
+    assert answer.solved == "tokens"
+    assert answer.tokens == int(8 * 121e12 * 0.5 * 3 * 86400 / (6 * 7e9))
+    assert any("MFU 0.5 assumed" in note for note in answer.assumptions)
+
+
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
         ({"parameters": "7B", "on": "8xl4", "mfu": 0.4}, "given: parameters, gpus, mfu; add .* or all of time"),
-        ({"parameters": "7B", "on": "8xl4", "days": 3}, "or all of mfu"),
         ({"on": "8xl4"}, "given: gpus; add"),
         ({"flops": 1e20, "peak_flops_per_s": 1e12}, "given: flops; add gpus or a time"),
         ({"flops": 1e20, "gpus": 8}, "no peak: name an accelerator"),

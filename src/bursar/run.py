@@ -127,7 +127,7 @@ def solve(
     (``gpus``, or a `Cluster` or ``"8xh100-sxm"`` as ``on``), ``mfu``, the time (``seconds`` or ``days``) and
     ``budget_usd``, one is left out.  A bare accelerator names the kind, not the number.
 
-    An MFU of 0.5 is assumed where time or number is asked for and none is given.  A number of accelerators is rounded
+    An MFU of 0.5 is assumed where it is not given and something else is asked for.  A number of accelerators is rounded
     up to a whole one, or down where a budget sets it; parameters and tokens are rounded down.
 
     Raises `BadInput` for too little, too much or impossible input, `NoAnswer` for an MFU above 1 or a budget exceeded.
@@ -397,9 +397,11 @@ def _fill(
             time = budget / price * 3600
 
     if work is None:
-        if n is None or time is None or mfu is None:
-            lacks = [name for name, value in (("gpus", n), ("mfu", mfu), ("time", time)) if value is None]
+        if n is None or time is None:
+            lacks = [name for name, value in (("gpus", n), ("time", time)) if value is None]
             raise BadInput(f"{said}; add the work (flops, or parameters and tokens), or all of {', '.join(lacks)}")
+        if mfu is None:
+            mfu = _assumed_mfu(notes)
         return "flops", n * peak * mfu * time, n, mfu, time
 
     if n is not None and time is not None:
@@ -410,8 +412,7 @@ def _fill(
     if n is None and time is None:
         raise BadInput(f"{said}; add gpus or a time")
     if mfu is None:
-        mfu = _ASSUMED_MFU
-        notes.append(f"MFU {mfu} assumed, as none was given")
+        mfu = _assumed_mfu(notes)
     if n is not None:
         return "seconds", work, n, mfu, work / (n * peak * mfu)
     assert time is not None
@@ -420,6 +421,11 @@ def _fill(
     if not math.isclose(n, exact, rel_tol=1e-9):
         notes.append(f"{exact:.6g} accelerators rounded up to {n}, which takes a little less than the time given")
     return "gpus", work, n, mfu, work / (n * peak * mfu)
+
+
+def _assumed_mfu(notes: list[str]) -> float:
+    notes.append(f"MFU {_ASSUMED_MFU} assumed, as none was given")
+    return _ASSUMED_MFU
 
 
 def _kwh(device: Accelerator | None, n: int, time: float, pue: float | None, notes: list[str]) -> float | None:

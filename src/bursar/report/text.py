@@ -24,7 +24,8 @@ def console() -> Console:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
     """A plain table: the first ``left`` columns to the left, numbers to the right. Cells are text, never markup."""
-    made = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+                 show_header=any(columns))  # fmt: skip
     for i, name in enumerate(columns):
         made.add_column(name, justify="left" if i < left else "right", overflow="fold")
     for row in rows:

@@ -1,0 +1,91 @@
+"""The pages and records of the catalogues: accelerators and models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bursar.architecture import Network, Transformer, preset_keys
+from bursar.hardware import Accelerator
+from bursar.report.text import line, table
+from bursar.units import format_bytes, format_count, format_rate
+
+DTYPES = ("fp32", "tf32", "bf16", "fp8")
+
+
+def accelerator_record(device: Accelerator) -> dict[str, Any]:
+    """Every field of a row, its sources with it."""
+    record = {f.name: getattr(device, f.name) for f in dataclasses.fields(device)}
+    record["usable_bytes"] = device.usable_bytes
+    return {k: dict(v) if hasattr(v, "items") else v for k, v in record.items()}
+
+
+def accelerators_page(devices: Sequence[Accelerator]) -> Iterator[Any]:
+    """One line per accelerator: dense peaks, memory, bandwidth."""
+    yield table(
+        "Accelerators: dense peaks in TFLOP/s, accumulating in fp32",
+        ("name", *DTYPES, "memory", "bandwidth", "ridge bf16"),
+        [
+            (
+                d.name,
+                *(f"{d.peak_flops_per_s[t] / 1e12:.5g}" if t in d.peak_flops_per_s else "–" for t in DTYPES),
+                format_bytes(d.memory_bytes),
+                format_rate(d.memory_bytes_per_s, "B"),
+                f"{d.ridge('bf16'):.1f}" if "bf16" in d.peak_flops_per_s else "–",
+            )
+            for d in devices
+        ],
+    )
+    yield line("  ridge: FLOP per byte from which an op is bound by compute. bursar hardware NAME shows each figure's source.")
+
+
+def accelerator_page(device: Accelerator) -> Iterator[Any]:
+    """One accelerator, a line and a source per figure."""
+    rows = []
+    for field in dataclasses.fields(device):
+        value = getattr(device, field.name)
+        if field.name in ("name", "title", "vendor", "year", "sources") or value in (None, (), {}):
+            continue
+        source = device.sources.get(field.name, "")
+        if hasattr(value, "items"):
+            rows += [(f"{field.name} {k}", f"{v:.5g}", source if i == 0 else "″") for i, (k, v) in enumerate(value.items())]
+        elif isinstance(value, tuple):
+            rows.append((field.name, ", ".join(value), source))
+        else:
+            rows.append((field.name, f"{value:,}" if isinstance(value, int) else f"{value:.5g}", source))
+    yield table(f"{device.name}: {device.title} ({device.vendor}, {device.year})", ("", "", "source"), rows, left=3)
+
+
+def model_record(model: Transformer | Network) -> dict[str, Any]:
+    """The shape, with the exact number of parameters."""
+    record = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    if isinstance(model, Network):
+        record["sizes"] = dict(model.sizes)
+    return {**record, "parameters": model.parameters()}
+
+
+def models_page(models: Sequence[Transformer | Network]) -> Iterator[Any]:
+    """One line per model."""
+    rows = []
+    for m in models:
+        if isinstance(m, Transformer):
+            shape = f"L={m.n_layers} d={m.d_model} h={m.n_heads} kv={m.n_kv_heads} F={m.d_ff} V={m.vocab_size}"
+        else:
+            shape = " ".join(f"{k}={v}" for k, v in m.sizes.items())
+        rows.append((m.name, shape, format_count(m.parameters())))
+    yield table("Models", ("name", "shape", "parameters"), rows, left=2)
+    yield line("  Sizes may be changed: gpt2:L=2,d=256. Or give a config.json, file.py:callable, package.module:callable.")
+
+
+def model_page(model: Transformer | Network) -> Iterator[Any]:
+    """One model: its sizes, its parameters by part, its source."""
+    record = model_record(model)
+    rows = [(k, f"{v}") for k, v in record.items() if k not in ("name", "source", "parameters", "sizes") and v is not None]
+    if isinstance(model, Network):
+        rows += [(k, str(v)) for k, v in model.sizes.items()]
+    yield table(model.name, ("", ""), rows)
+    groups = model.parameter_groups() if isinstance(model, Transformer) else {}
+    yield table("Parameters", ("", ""), [*((k, f"{v:,}") for k, v in groups.items() if v), ("all", f"{model.parameters():,}")])
+    yield line(f"  {model.source}")
+    yield line(f"  sizes that may be changed: {', '.join(preset_keys(model.name.split(':')[0]))}")
