@@ -47,7 +47,7 @@ def batch_norm_backward(op: Op) -> Work:
     return op.moving(12 * _first(op))
 
 
-@rule("aten._softmax", "aten._log_softmax", kind="reduction")
+@rule("aten._softmax", "aten._safe_softmax", "aten._log_softmax", kind="reduction")
 def softmax(op: Op) -> Work:
     """Maximum, subtract, exp, sum, divide (or subtract the log): 5 per element."""
     return op.moving(5 * _first(op))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -234,10 +235,31 @@ def _autocast(undo: Undo) -> None:
     undo.set(torch, "clear_autocast_cache", clear_autocast_cache)
 
 
+class _DeviceGuard(contextlib.nullcontext[None]):
+    """``torch.cuda.device``, a class because torch asks what is one."""
+
+    idx = 0
+
+    def __init__(self, device: Any) -> None:
+        super().__init__()
+
+
+class _Generator(torch.Generator):
+    """``torch.Generator("cuda")`` is one of the host's, which fake tensors take as well."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return torch._C.Generator("cpu" if translate(device) != device else device)
+
+
+def _step_whatever_was_found(scaler: Any, optimizer: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+    """GradScaler's step, as if no gradient overflowed: whether one did is data."""
+    return optimizer.step(*args, **kwargs)
+
+
 def _cuda_module(undo: Undo) -> None:
     """``torch.cuda`` answers as a machine with one device would; nothing is touched."""
     fake = getattr(torch, accelerator.NAME)
-    for name in ("synchronize", "empty_cache", "set_device", "current_stream", "default_stream", "stream", "device",
+    for name in ("synchronize", "empty_cache", "set_device", "current_stream", "default_stream", "stream",
                  "get_rng_state", "set_rng_state", "is_bf16_supported", "get_device_properties", "Stream",
                  "Event"):  # fmt: skip
         undo.set(torch.cuda, name, getattr(fake, name))
@@ -249,7 +271,33 @@ def _cuda_module(undo: Undo) -> None:
     undo.set(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     undo.set(torch.cuda, "_lazy_init", lambda: None)
     undo.set(torch.cuda, "is_current_stream_capturing", lambda: False)  # torch 2.11's optimizers ask on each step
-    for name in ("manual_seed", "manual_seed_all", "seed_all", "reset_peak_memory_stats"):
-        undo.set(torch.cuda, name, lambda *args: None)
+    for name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "init", "ipc_collect", "reset_peak_memory_stats",
+                 "reset_accumulated_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached",
+                 "set_per_process_memory_fraction"):  # fmt: skip
+        undo.set(torch.cuda, name, lambda *args, **kwargs: None)
+    for name in ("range_push", "range_pop", "mark"):  # a torch without CUDA has no NVTX
+        undo.set(torch.cuda.nvtx, name, lambda *args: 0)
+    undo.set(torch.cuda, "initial_seed", lambda: 0)
+    undo.set(torch.cuda, "device", _DeviceGuard)
+    undo.set(torch.cuda, "memory_stats", lambda device=None: {})
+    undo.set(torch.cuda, "memory_summary", lambda device=None, abbreviated=False: "")
+    undo.set(torch.cuda, "mem_get_info", lambda device=None: (80 * 10**9, 80 * 10**9))
+    undo.set(torch, "Generator", _Generator)
+    undo.set(torch.Tensor, "record_stream", lambda self, stream: None)
+    undo.set(torch.Tensor, "pin_memory", lambda self, device=None: self)
+    undo.set(torch.amp.GradScaler, "_maybe_opt_step", _step_whatever_was_found)
+    # Eval's fused kernel of nn.TransformerEncoderLayer has no rule, nor in torch 2.11 a fake one: run its parts
+    undo.set(torch.backends.mha, "get_fastpath_enabled", lambda: False)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         undo.set(torch.cuda, name, lambda device=None: 0)
+
+
+def transformers_kernels(undo: Undo) -> None:
+    """Let transformers choose the kernels of a real run, where it is loaded.
+
+    It recognises fake tensors and, unable to look whether sequences are packed, hands attention a dense mask where real
+    tensors get ``is_causal``: more FLOPs, and no flash kernel. We say what a look would: nothing is packed.
+    """
+    masking = sys.modules.get("transformers.masking_utils")
+    if masking is not None and masking.find_packed_sequence_indices.__module__ == masking.__name__:
+        undo.set(masking, "find_packed_sequence_indices", lambda position_ids: None)

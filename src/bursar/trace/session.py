@@ -14,14 +14,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import BackwardHook
 from torch.utils.weak import WeakIdKeyDictionary
 
 import bursar
 from bursar.errors import BursarError
 from bursar.ledger import Ledger, Model, Step
 from bursar.memory import Textbook
-from bursar.trace import accelerator, failures, patches
+from bursar.trace import accelerator, compat, failures, patches
 from bursar.trace.recorder import REAL, Recorder
 
 
@@ -31,7 +30,8 @@ class Session:
     def __init__(self, on: str | None, tf32: frozenset[str] | None = None) -> None:
         self.on = on
         self.device = "cpu" if on == "cpu" else accelerator.NAME
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # The fallback runs an op for real; there is no real tensor on the fake accelerator
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=self.device == "cpu")
         self.recorder = Recorder(self.mode, self.device, _tf32_flags() if tf32 is None else tf32)
         self.roots: list[torch.nn.Module] = []
         self.names: dict[int, str] = {}
@@ -48,6 +48,7 @@ class Session:
         self._own_grads: dict[int, tuple[torch.Tensor, Any]] = {}  # real parameters and the .grad they came with
         self._layer_outputs: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
+        self._patches = patches.Undo()
         self._optimizers: dict[int, Any] = {}
 
     @property
@@ -63,6 +64,7 @@ class Session:
         """Learn the names of ``root``'s modules and the class of its parameters and buffers."""
         if id(root) in self.names:
             return
+        patches.transformers_kernels(self._patches)
         self._remember(root)
         prefix = "" if not self.roots else f"{type(root).__name__}."
         self.roots.append(root)
@@ -203,7 +205,7 @@ class Session:
                     grad = parameter.grad if parameter.is_leaf else None
                     if grad is not None:
                         recorder.adopt(grad, "gradients")
-                error, recorder.error = recorder.error, None
+                error = accelerator.dropped_error()
                 if error is not None:
                     raise error
 
@@ -251,7 +253,7 @@ class Session:
         """Enter: modes, patches, hooks. Leave: all of it undone, the random state put back, the ledger written."""
         if self.device != "cpu":
             accelerator.install()
-        undo = patches.Undo()
+        undo = self._patches
         rng, python_rng, numpy_rng = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
         with contextlib.ExitStack() as stack:
             stack.callback(torch.set_rng_state, rng)
@@ -308,7 +310,6 @@ class Session:
             return self.backward(engine, roots, (roots, *args), kwargs, bool(args[2]))
 
         undo.set(torch.autograd, "_engine_run_backward", traced_engine)
-        self._patch_hooks(undo)
         resize = torch.UntypedStorage.resize_
 
         def resize_(storage: Any, n_bytes: int) -> Any:
@@ -328,6 +329,7 @@ class Session:
                 self.recorder.phase = phase
 
         undo.set(torch.optim.Optimizer, "zero_grad", traced_zero_grad)
+        compat.truncated_normal(undo)
         module_zero_grad = torch.nn.Module.zero_grad
 
         def traced_module_zero_grad(module: torch.nn.Module, set_to_none: bool = True) -> None:
@@ -335,32 +337,6 @@ class Session:
             module_zero_grad(module, set_to_none)
 
         undo.set(torch.nn.Module, "zero_grad", traced_module_zero_grad)
-
-    def _patch_hooks(self, undo: patches.Undo) -> None:
-        """Keep what a hook raises until backward returns: leaving the engine from one ends the process (`recorder`)."""
-
-        def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(hook, updated=())
-            def run(*args: Any) -> Any:
-                try:
-                    return hook(*args)
-                except BaseException as error:
-                    if not self.recorder.backward_depth:
-                        raise
-                    self.recorder.error = self.recorder.error or error
-                    return None
-
-            return run
-
-        for name in ("register_hook", "register_post_accumulate_grad_hook"):
-            plain = getattr(torch.Tensor, name)
-            undo.set(torch.Tensor, name, lambda tensor, hook, _plain=plain: _plain(tensor, guarded(hook)))
-        init = BackwardHook.__init__
-
-        def backward_hook(own: Any, module: Any, user_hooks: Any, user_pre_hooks: Any) -> None:
-            init(own, module, [guarded(h) for h in user_hooks], [guarded(h) for h in user_pre_hooks])
-
-        undo.set(BackwardHook, "__init__", backward_hook)
 
     def mark(self) -> None:
         """The step to be kept begins here; what came before is warm-up."""
