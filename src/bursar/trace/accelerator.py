@@ -15,6 +15,7 @@ tensors never reach a kernel.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -102,6 +103,32 @@ class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
         return types.SimpleNamespace(name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=80 * 10**9)
 
 
+_PRIVATE_USE = torch._C._autograd.DeviceType.PrivateUse1
+_dropped: list[BaseException] = []
+
+
+class _Guard(backend_registration._DummyDeviceGuard):  # type: ignore[misc]
+    """Names the device type, and survives being asked for it while an error is on its way out of autograd's engine.
+
+    The engine's stream guard asks in its destructor. Entering Python with an error set there ends the process, so the
+    error is taken off and kept: whoever called the engine raises it (`dropped_error`).
+    """
+
+    def type_(self) -> Any:
+        try:
+            ctypes.pythonapi.PyErr_Occurred()  # ctypes raises what is set
+        except BaseException as error:
+            _dropped.append(error)
+        return _PRIVATE_USE
+
+
+def dropped_error() -> BaseException | None:
+    """The first error taken off a device guard since last asked."""
+    first = _dropped[0] if _dropped else None
+    _dropped.clear()
+    return first
+
+
 def install() -> None:
     """Register the fake accelerator, once per process.
 
@@ -115,7 +142,9 @@ def install() -> None:
             f"torch's one place for a private backend is taken by {taken!r}, so the fake GPU cannot be registered. "
             "Run bursar in a process that has not loaded it, or trace with on='cpu'."
         )
-    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    backend_registration._setup_privateuseone_for_python_backend(
+        NAME, backend_module=_Module(), device_guard=_Guard()
+    )
     kernels = torch.library.Library("aten", "IMPL")
     for key in ("AutogradPrivateUse1", "PrivateUse1"):  # with and without gradients
         kernels.impl("scaled_dot_product_attention", _scaled_dot_product_attention, key)
