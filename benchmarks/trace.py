@@ -108,7 +108,7 @@ def main() -> None:
     import torch
 
     lines = [
-        f"One step traced, CPU seconds (median of {args.rounds} alternating rounds, range) and peak RSS of the process.",
+        f"One step traced: CPU seconds (median of {args.rounds} alternating rounds, and range), peak RSS.",
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}, torch {torch.__version__}; batch 1, sequence {SEQ_LEN}, bf16, AdamW.",
         "",

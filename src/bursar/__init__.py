@@ -12,8 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bursar.ledger import Ledger
-    from bursar.run import Run
-    from bursar.run import solve
+    from bursar.run import Run, solve
     from bursar.trace import tracing
     from bursar.workload.step import step
 

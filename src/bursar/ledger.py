@@ -1,8 +1,8 @@
 """The one table: a row per op of a training step, the storages they lived in, and every question asked of both.
 
 No torch. A ledger is written by `trace` from real model code; `memory` reads its timeline, `roofline` prices its rows.
-Conservation laws hold by construction and are tested: kinds, dtypes, phases and modules each add up to the total, and the
-memory classes partition the live bytes at every instant.
+Conservation laws hold by construction and are tested: kinds, dtypes, phases and modules each add up to the total, and
+the memory classes partition the live bytes at every instant.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bursar import memory
 from bursar.errors import BadInput
-from bursar.memory import Memory, Storage
+from bursar.memory import Memory, Storage, Textbook
 from bursar.rules import KINDS, MODEL_KINDS, Work
 
 if TYPE_CHECKING:
     import polars
 
     from bursar.roofline import Forecast
+
+
+_COUNTED = ("flops", "recompute_flops", "full_square_flops", "read_bytes", "written_bytes", "allocated_bytes",
+            "freed_bytes")  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -112,7 +116,7 @@ class Ledger:
     device: str = "gpu"  # whose memory and ops these are: "gpu" or "cpu"
     model: Model = Model("", 0, 0, 0)
     step: Step = Step(0, 0, 0)
-    textbook: memory.Textbook = memory.Textbook(0, 0, 0, 0)
+    textbook: Textbook = field(default_factory=lambda: Textbook(0, 0, 0, 0))
     assumptions: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     partial: bool = False
@@ -220,10 +224,9 @@ class Ledger:
                 "seq": pl.Int64,
                 "dtypes": pl.List(pl.String),
                 "shapes": pl.List(pl.List(pl.Int64)),
-                **{c: pl.Int64 for c in ("flops", "recompute_flops", "full_square_flops", "read_bytes", "written_bytes",
-                                         "allocated_bytes", "freed_bytes")},
+                **dict.fromkeys(_COUNTED, pl.Int64),
             },
-        )  # fmt: skip
+        )
 
     def by(self, column: str, *, depth: int | None = None) -> polars.DataFrame:
         """Totals per value of ``column`` (kind, phase, op, module, dtype), the largest FLOPs first.

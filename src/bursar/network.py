@@ -1,4 +1,8 @@
-"""What a collective sends. n ranks, S bytes (Thakur, Rabenseifner and Gropp 2005; the ring's volume is the least possible)."""
+"""What a collective sends, for n ranks and S bytes.
+
+The ring's volume is the least possible (Thakur, Rabenseifner and Gropp 2005, "Optimization of collective
+communication operations in MPICH").
+"""
 
 from __future__ import annotations
 

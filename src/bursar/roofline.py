@@ -14,7 +14,7 @@ from functools import cached_property
 from bursar.hardware import Accelerator, Cluster
 from bursar.ledger import Ledger, Row
 from bursar.network import Collective, data_parallel
-from bursar.rules import MODEL_KINDS
+from bursar.rules import MODEL_KINDS, Work
 
 # Of published single-device steps times one constant, 1.45 left the smallest error, 13 %; most lay between 1x and 2x.
 EXPECTED, LOWER, UPPER = 1.45, 1.0, 2.0
@@ -69,24 +69,33 @@ class Forecast:
 
 
 def op_seconds(row: Row, device: Accelerator) -> tuple[float, float]:
-    """(compute, memory) seconds of one op at the device's dense peak and bandwidth.
+    """(compute, memory) seconds of one op at the device's dense peak and bandwidth: `work_seconds` of its row."""
+    return work_seconds(row.work, row.kind, row.dtype, device)
 
-    Raises BadInput where a matrix product is in a dtype the device has no peak for. Elementwise arithmetic runs on the
-    vector units, for which the catalogue has the fp32 rate.
+
+def work_seconds(work: Work, kind: str, dtype: str, device: Accelerator) -> tuple[float, float]:
+    """(compute, memory) seconds of ``work`` at the device's dense peak and bandwidth.
+
+    Raises BadInput where a matrix product is in a dtype the device has no peak for.
     """
-    work = row.work
     done = work.flops + work.recompute_flops
-    compute = 0.0
-    if done:
-        compute = done / _peak(device, row.dtype if row.kind in MODEL_KINDS else "fp32")
+    peak = unit_peak(device, kind, dtype) if done else None
+    compute = done / peak if peak else 0.0
     return compute, (work.read_bytes + work.written_bytes) / device.memory_bytes_per_s
+
+
+def unit_peak(device: Accelerator, kind: str, dtype: str) -> float | None:
+    """Dense peak FLOP/s of the units that do ``kind`` in ``dtype``. Raises BadInput for products as above.
+
+    Elementwise arithmetic runs on the vector units, at the fp32 rate; None where that is not known: it is bound by
+    memory on every device in the catalogue.
+    """
+    return _peak(device, dtype) if kind in MODEL_KINDS else device.peak_flops_per_s.get("fp32")
 
 
 def _peak(device: Accelerator, dtype: str) -> float:
     if dtype == "tf32" and "tf32" not in device.peak_flops_per_s:
         dtype = "fp32"  # a device without TF32 runs fp32
-    if dtype == "fp32" and "fp32" not in device.peak_flops_per_s and device.peak_flops_per_s:
-        return min(device.peak_flops_per_s.values())
     return device.peak(dtype)
 
 
@@ -120,7 +129,8 @@ def forecast(ledger: Ledger, cluster: Cluster) -> Forecast:
     roofline = sum(bound.values())
     seconds = EXPECTED * roofline
     notes.append(
-        f"time is {EXPECTED} times the roofline, inside [{LOWER:g}, {UPPER:g}]: assumed, {device.name} is not calibrated"
+        f"time is {EXPECTED} times the roofline, inside [{LOWER:g}, {UPPER:g}]: assumed, for {device.name} is not "
+        "calibrated"
     )
     notes.append(
         f"fits compares with {device.usable_bytes:,} usable bytes less {RESERVE_BYTES:,} for context and libraries"

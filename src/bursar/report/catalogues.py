@@ -37,7 +37,8 @@ def accelerators_page(devices: Sequence[Accelerator]) -> Iterator[Any]:
             for d in devices
         ],
     )
-    yield line("  ridge: FLOP per byte from which an op is bound by compute. bursar hardware NAME shows each figure's source.")
+    yield line("  ridge: FLOP per byte from which an op is bound by compute.")
+    yield line("  bursar hardware NAME shows each figure's source.")
 
 
 def accelerator_page(device: Accelerator) -> Iterator[Any]:
@@ -49,7 +50,7 @@ def accelerator_page(device: Accelerator) -> Iterator[Any]:
             continue
         source = device.sources.get(field.name, "")
         if hasattr(value, "items"):
-            rows += [(f"{field.name} {k}", f"{v:.5g}", source if i == 0 else "″") for i, (k, v) in enumerate(value.items())]
+            rows += [(f"{field.name} {k}", f"{v:.5g}", "″" if i else source) for i, (k, v) in enumerate(value.items())]
         elif isinstance(value, tuple):
             rows.append((field.name, ", ".join(value), source))
         else:
@@ -75,17 +76,20 @@ def models_page(models: Sequence[Transformer | Network]) -> Iterator[Any]:
             shape = " ".join(f"{k}={v}" for k, v in m.sizes.items())
         rows.append((m.name, shape, format_count(m.parameters())))
     yield table("Models", ("name", "shape", "parameters"), rows, left=2)
-    yield line("  Sizes may be changed: gpt2:L=2,d=256. Or give a config.json, file.py:callable, package.module:callable.")
+    yield line("  Sizes may be changed: gpt2:L=2,d=256.")
+    yield line("  Or give a config.json, file.py:callable, package.module:callable.")
 
 
 def model_page(model: Transformer | Network) -> Iterator[Any]:
     """One model: its sizes, its parameters by part, its source."""
     record = model_record(model)
-    rows = [(k, f"{v}") for k, v in record.items() if k not in ("name", "source", "parameters", "sizes") and v is not None]
+    other = ("name", "source", "parameters", "sizes")
+    rows = [(k, f"{v}") for k, v in record.items() if k not in other and v is not None]
     if isinstance(model, Network):
         rows += [(k, str(v)) for k, v in model.sizes.items()]
     yield table(model.name, ("", ""), rows)
     groups = model.parameter_groups() if isinstance(model, Transformer) else {}
-    yield table("Parameters", ("", ""), [*((k, f"{v:,}") for k, v in groups.items() if v), ("all", f"{model.parameters():,}")])
+    parts = [(k, f"{v:,}") for k, v in groups.items() if v]
+    yield table("Parameters", ("", ""), [*parts, ("all", f"{model.parameters():,}")])
     yield line(f"  {model.source}")
     yield line(f"  sizes that may be changed: {', '.join(preset_keys(model.name.split(':')[0]))}")

@@ -52,7 +52,7 @@ class StepRecord(msgspec.Struct, kw_only=True):
     time: dict[str, Any] | None
     fits: bool | None
     hardware: dict[str, Any] | None
-    gradients: list[Layer] | None | msgspec.UnsetType = msgspec.UNSET
+    gradients: list[Layer] | msgspec.UnsetType = msgspec.UNSET
     assumptions: list[str]
     versions: dict[str, str]
 

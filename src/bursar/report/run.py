@@ -23,12 +23,13 @@ def render(run: Run, *, explain: bool = False) -> Iterator[Any]:
         ("cost", "usd", "n/a (no price: --usd-per-gpu-hour)" if run.usd is None else format_usd(run.usd)),
         ("energy", "", "n/a (no TDP is known)" if run.kwh is None else f"{run.kwh:,.0f} kWh"),
     ]
-    yield table("The run", ("", "", ""), [(name, value, "← solved" if key == run.solved else "") for name, key, value in rows])
+    marked = [(name, value, "← solved" if key == run.solved else "") for name, key, value in rows]
+    yield table("The run", ("", "", ""), marked)
     if explain:
         yield line("Where the figures come from", style="bold")
         yield line(
-            f"  time = FLOPs / (n · peak · MFU) = {run.flops:.4g} / ({run.gpus} · {format_rate(run.peak_flops_per_s, 'FLOP')}"
-            f" · {run.mfu:.4g}) = {run.seconds:.4g} s"
+            f"  time = FLOPs / (n · peak · MFU) = {run.flops:.4g} / ({run.gpus} · "
+            f"{format_rate(run.peak_flops_per_s, 'FLOP')} · {run.mfu:.4g}) = {run.seconds:.4g} s"
         )
     yield line("Assumptions", style="bold")
     for note in run.assumptions:

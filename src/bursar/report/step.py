@@ -10,7 +10,7 @@ from bursar.memory import CLASSES
 from bursar.report.gradients import layers
 from bursar.report.text import line, table
 from bursar.roofline import Forecast
-from bursar.units import format_bytes, format_count, format_flops, format_seconds, format_share
+from bursar.units import format_bytes, format_count, format_flops, format_rate, format_seconds, format_share
 
 _SMALL = 10**5  # below this a count is printed whole: the notes' examples are to be recognised
 
@@ -20,26 +20,27 @@ def render(
 ) -> Iterator[Any]:
     """Headline, FLOPs, memory, time, modules, assumptions; each part a renderable."""
     flops = ledger.flops
+    micro = _times(ledger.step.micro_batches, "micro-batch")
     yield line(
         f"{ledger.model.name}: {format_count(ledger.model.parameters)} parameters, "
-        f"{ledger.step.samples} samples = {ledger.step.tokens} tokens in {_times(ledger.step.micro_batches, 'micro-batch')}",
+        f"{ledger.step.samples} samples = {ledger.step.tokens} tokens in {micro}",
         style="bold",
     )
-    at_least = "at least " if flops.uncounted else ""
-    rule = _error(flops.six_p_tokens, flops.model)
-    yield table(
-        "FLOPs of one step (a multiply and an add are two)",
-        ("", "FLOPs", ""),
-        [
-            ("forward", at_least + _flops(flops.forward), _rule(flops.forward, 2, ledger)),
-            ("backward", at_least + _flops(flops.backward), _rule(flops.backward, 4, ledger)),
-            ("model = forward + backward", at_least + _flops(flops.model), f"6PT by the rule {_flops(flops.six_p_tokens)} ({rule})"),
-            *([("recompute", _flops(flops.recompute), "hardware FLOPs " + _flops(flops.hardware))] if flops.recompute else []),
-            ("optimizer", _flops(flops.optimizer), _per(flops.optimizer, ledger.model.trainable_parameters, "per parameter")),
-            *([("attention", _flops(flops.attention), "full-square " + _flops(flops.attention_full_square))] if flops.attention else []),
-            ("all kinds", at_least + _flops(flops.total), f"matmul, attention, conv {format_share(_products(ledger) / max(1, flops.total))}"),
-        ],
-    )  # fmt: skip
+    least = "at least " if flops.uncounted else ""
+    rows = [
+        ("forward", least + _flops(flops.forward), _rule(flops.forward, 2, ledger)),
+        ("backward", least + _flops(flops.backward), _rule(flops.backward, 4, ledger)),
+        ("model = forward + backward", least + _flops(flops.model), _rule(flops.model, 6, ledger)),
+    ]
+    if flops.recompute:
+        rows.append(("recompute", _flops(flops.recompute), f"hardware FLOPs {_flops(flops.hardware)}"))
+    trained = ledger.model.trainable_parameters * ledger.replicas
+    rows.append(("optimizer", _flops(flops.optimizer), _per(flops.optimizer, trained, "per parameter")))
+    if flops.attention:
+        rows.append(("attention", _flops(flops.attention), f"full-square {_flops(flops.attention_full_square)}"))
+    products = format_share(_products(ledger) / max(1, flops.total))
+    rows.append(("all kinds", least + _flops(flops.total), f"matmul, attention, conv {products}"))
+    yield table("FLOPs of one step (a multiply and an add are two)", ("", "FLOPs", ""), rows)
     if gradients:
         yield gradients_table(ledger)
         yield gradients_rules(ledger)
@@ -100,8 +101,11 @@ def _memory(ledger: Ledger) -> Iterator[Any]:
         "Memory of one device",
         ("", "at the peak", "share", "between steps"),
         [
-            *((c.replace("_", " "), _bytes(memory.at_peak[c]), format_share(memory.at_peak[c] / max(1, memory.peak_bytes)),
-               _bytes(memory.between_steps[c])) for c in CLASSES if memory.at_peak[c] or memory.between_steps[c]),
+            *(
+                (c.replace("_", " "), _bytes(peak), format_share(peak / max(1, memory.peak_bytes)), _bytes(between))
+                for c in CLASSES
+                if (peak := memory.at_peak[c]) | (between := memory.between_steps[c])
+            ),
             ("peak", _bytes(memory.peak_bytes), "", _bytes(sum(memory.between_steps.values()))),
         ],
     )  # fmt: skip
@@ -130,13 +134,15 @@ def _time(forecast: Forecast, explain: bool) -> Iterator[Any]:
     known = forecast.bound_by
     binds = max(("compute", "memory", "network"), key=lambda k: known[k])
     answer = "fits" if forecast.fits else "does not fit"
+    interval = f"{format_seconds(forecast.lower_seconds)} … {format_seconds(forecast.upper_seconds)}"
+    utilisation = f"full-square {format_share(forecast.mfu_full_square)}, HFU {format_share(forecast.hfu)}"
     yield table(
         f"On {cluster.count} × {cluster.accelerator.title}",
         ("", "", ""),
         [
-            ("expected", format_seconds(forecast.seconds), f"{format_seconds(forecast.lower_seconds)} … {format_seconds(forecast.upper_seconds)}, {forecast.basis}"),
+            ("expected", format_seconds(forecast.seconds), f"{interval}, {forecast.basis}"),
             ("roofline bound", format_seconds(forecast.roofline_seconds), f"mostly {binds}"),
-            ("MFU", format_share(forecast.mfu), f"full-square {format_share(forecast.mfu_full_square)}, HFU {format_share(forecast.hfu)}"),
+            ("MFU", format_share(forecast.mfu), utilisation),
             *((f"bound by {k}", format_seconds(v), format_share(v / forecast.seconds)) for k, v in known.items() if v),
             ("memory", answer, f"{format_bytes(forecast.peak_bytes)} of {format_bytes(forecast.usable_bytes)} usable"),
         ],
@@ -166,10 +172,11 @@ def _explain(ledger: Ledger, forecast: Forecast | None) -> Iterator[Any]:
     flops = ledger.flops
     yield line("Where the figures come from", style="bold")
     yield line(
-        f"  model FLOPs = Σ over the {len(ledger)} recorded ops of the kinds matmul, attention, conv, forward and backward (counted)"
+        f"  model FLOPs = Σ over the {len(ledger)} ops: matmul, attention, conv, forward and backward (counted)"
     )
     yield line(
-        f"  6PT = 6 × {ledger.model.active_parameters} parameters × {ledger.step.tokens} tokens (rule; Kaplan et al. 2020)"
+        f"  6PT = 6 × {ledger.model.active_parameters} parameters × {ledger.step.tokens} tokens "
+        "(rule of thumb; Kaplan et al. 2020, section 2.1)"
     )
     yield line(f"  memory = live bytes of {len(ledger.storages)} storages, from allocation to last reference (counted)")
     if forecast is None:
@@ -178,9 +185,11 @@ def _explain(ledger: Ledger, forecast: Forecast | None) -> Iterator[Any]:
     for dtype in flops.by_dtype:
         if dtype in device.peak_flops_per_s:
             yield line(
-                f"  peak {dtype} = {device.peak_flops_per_s[dtype]:.4g} FLOP/s dense: {device.sources.get('peak_flops_per_s', '')}"
+                f"  peak {dtype} = {format_rate(device.peak_flops_per_s[dtype], 'FLOP')} dense: "
+                f"{device.sources.get('peak_flops_per_s', '')}"
             )
-    yield line(f"  bandwidth = {device.memory_bytes_per_s:.4g} B/s: {device.sources.get('memory_bytes_per_s', '')}")
+    bandwidth, source = device.memory_bytes_per_s, device.sources.get("memory_bytes_per_s", "")
+    yield line(f"  bandwidth = {format_rate(bandwidth, 'B')}: {source}")
     yield line(
         "  roofline = Σ over ops of max(FLOPs / peak, bytes / bandwidth); MFU = Σ FLOPs / peak ÷ expected seconds"
     )
@@ -208,7 +217,7 @@ def _error(rule: int, counted: int) -> str:
 
 
 def _rule(counted: int, factor: int, ledger: Ledger) -> str:
-    by_rule = factor * ledger.model.active_parameters * ledger.step.tokens
+    by_rule = factor * ledger.model.active_parameters * ledger.step.tokens  # P parameters, T tokens
     return f"{factor}PT by the rule {_flops(by_rule)} ({_error(by_rule, counted)})"
 
 

@@ -392,7 +392,7 @@ class Session:
             Step(sum(c[0] for c in calls), sum(c[1] for c in calls), len(calls)),
             Textbook(sum(n * size for n, size, _ in sizes), sum(self._layer_outputs.values()), trained, states),
             tuple(self.assumptions),
-            {"bursar": bursar.__version__, "torch": torch.__version__},
+            {"bursar": bursar.__version__, "torch": str(torch.__version__)},
             self.partial,
         )  # fmt: skip
 

@@ -52,14 +52,14 @@ def workload(path: Path, batch_size: int | None = None, seq_len: int | None = No
     if kind not in CONFIG_MAPPING:
         raise UnknownName("model_type", kind, tuple(CONFIG_MAPPING.keys()))
     fields = {k: v for k, v in given.items() if k not in ("model_type", "auto_map", "transformers_version")}
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     try:
         config = CONFIG_MAPPING[kind](**fields)
     except Exception as error:  # whatever its validation raises, the config is what is wrong
         raise BadInput(f"{path}: transformers refuses this config: {error}") from error
     config.use_cache = False  # a key-value cache is for generation
     if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind != "bert":
-        auto = modeling_auto.AutoModelForCausalLM
+        auto: Any = modeling_auto.AutoModelForCausalLM
     elif type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING:
         auto = modeling_auto.AutoModelForMaskedLM
     else:

@@ -86,7 +86,8 @@ def _find(where: str, name: str) -> Callable[..., Any]:
         if not path.is_file():
             raise BadInput(f"no file {where}")
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None  # a .py file always has a loader
+        assert spec is not None  # a .py file always has a spec
+        assert spec.loader is not None  # and a loader
         module = importlib.util.module_from_spec(spec)
         sys.modules.setdefault(path.stem, module)
         sys.path.insert(0, str(path.resolve().parent))
@@ -136,8 +137,8 @@ def from_callable(
             ignored = [k for k, v in sizes.items() if v is not None and k not in passed]
             if ignored:
                 raise BadInput(
-                    f"{name} makes its own batch, so --{ignored[0].replace('_', '-')} would change nothing; let it take "
-                    f"a parameter {ignored[0]!r}"
+                    f"{name} makes its own batch, so --{ignored[0].replace('_', '-')} would change nothing; let it "
+                    f"take a parameter {ignored[0]!r}"
                 )
             return made
         raise BadInput(

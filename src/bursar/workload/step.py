@@ -40,9 +40,9 @@ def step(
 ) -> Ledger:
     """What one training step of ``model`` costs: forward, backward and optimizer, traced without running anything.
 
-    ``model`` is a module, a callable returning one (or a module and a batch), or a name as on the command line. A module
-    is copied onto fake tensors first; the one given is not touched. ``batch`` is a tensor, a tuple of arguments or a
-    dict of keyword arguments for its forward. ``batch_size`` is the micro-batch of one data-parallel rank in samples,
+    ``model`` is a module, a callable returning one (or a module and a batch), or a name as on the command line; a
+    module is copied onto fake tensors and itself not touched. ``batch`` is a tensor, a tuple of arguments or a dict of
+    keyword arguments for its forward. ``batch_size`` is the micro-batch of one data-parallel rank in samples,
     ``accumulate`` the micro-batches per step. ``on`` is a catalogue name, ``"cpu"``, or None for a GPU in general;
     ``"8xh100-sxm"`` is eight data-parallel ranks. ``loss(module, batch)`` returns the scalar to differentiate; without
     it the model's own loss is used, else the mean of its output.
@@ -131,7 +131,7 @@ def run(
                     loss = loss / accumulate
                 if scaler is not None:
                     loss = scaler.scale(loss)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 del loss
             if scaler is not None:
                 scaler.unscale([p.grad for p in module.parameters() if p.grad is not None])
