@@ -240,8 +240,8 @@ class Recorder(TorchDispatchMode):
             else:
                 out = (info.fake or func)(*args)
         except DataDependentOutputException:
-            # torch's optimizers read counters and norms: ASGD and Adafactor always; Adagrad, and torch 2.11's Adam,
-            # under a default device. The number changes no cost. A bool, which may, is not made up.
+            # torch's optimizers read counters and norms: ASGD and Adafactor always; Adagrad, and before torch 2.13
+            # Adam, under a default device. The number changes no cost. A bool, which may, is not made up.
             if func is _ITEM and self.phase == "optimizer" and not self.depth and args[0].dtype != torch.bool:
                 return _SOME_STEP
             raise
