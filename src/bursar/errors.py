@@ -6,6 +6,7 @@
     ├── DataDependent      2   the model's forward looks at its data; says where, and the way out
     ├── TraceFailed        2   the model could not be traced for another reason
     ├── MissingExtra       3   an optional part of bursar is not installed; says how to get it
+    ├── NotCalibrated      3   this machine was not measured, and only a measurement could tell
     └── NoAnswer           1   a fair question whose answer is no: does not fit, over budget, impossible
 
 An error says what was asked, what is known, and what to do next.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["BadInput", "BursarError", "DataDependent", "MissingExtra", "NoAnswer", "TraceFailed", "UnknownName"]
+__all__ = ["BadInput", "BursarError", "DataDependent", "MissingExtra", "NoAnswer", "NotCalibrated", "TraceFailed", "UnknownName"]
 
 
 class BursarError(Exception):
@@ -88,6 +89,12 @@ class MissingExtra(BursarError):
     def __init__(self, extra: str, why: str) -> None:
         self.extra, self.why = extra, why
         super().__init__(f"{why}, and that needs the extra {extra!r}: pip install 'bursar[{extra}]'")
+
+
+class NotCalibrated(BursarError):
+    """This machine was asked for by ``local`` and nobody has measured it.  The message says what to use instead."""
+
+    exit_code = 3
 
 
 class NoAnswer(BursarError):

@@ -14,7 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from bursar.errors import BadInput, UnknownName
+from bursar.errors import BadInput, NotCalibrated, UnknownName
 from bursar.units import format_bytes, parse_count
 
 __all__ = ["Accelerator", "Cluster", "accelerator", "accelerators", "by_driver_name", "cluster", "dtype_name"]
@@ -124,6 +124,11 @@ catalog/hardware.toml or pass --on local.
     try:
         return rows[name.strip().lower()]
     except KeyError:
+        if name.strip().lower() == "local":
+            raise NotCalibrated(
+                "this machine is not calibrated, so --on local has no figures; name an accelerator of the catalogue, "
+                "or take --on cpu for the ops and memory of the CPU backend"
+            ) from None
         raise UnknownName("accelerator", name, rows, _HINT) from None
 
 

@@ -15,11 +15,19 @@ from rich.text import Text
 PIPE_COLUMNS = 160  # rich would cut at 80 where it cannot ask a terminal
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """`bursar … | head` is no failure: stop quietly."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0)
+
+
 def console() -> Console:
     """A console on stdout: the terminal's width, COLUMNS if set, else wide enough that nothing is cut."""
     if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, width=int(os.environ.get("COLUMNS") or PIPE_COLUMNS), soft_wrap=False)
+        return _Console(highlight=False)
+    columns = os.environ.get("COLUMNS", "")
+    return _Console(highlight=False, width=int(columns) if columns.isdecimal() and int(columns) else PIPE_COLUMNS)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:

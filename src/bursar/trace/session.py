@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import functools
 import random
 import warnings
@@ -270,6 +271,9 @@ class Session:
             if self.device != "cpu":
                 stack.enter_context(patches.cuda_means_fake())
                 stack.enter_context(patches.foreach_optimizers())
+            quiet = logging.getLogger("torch._subclasses.fake_tensor")  # it prints the traceback that we raise
+            stack.callback(setattr, quiet, "disabled", quiet.disabled)
+            quiet.disabled = True
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*pin_memory.*")
                 stack.enter_context(self.mode)
