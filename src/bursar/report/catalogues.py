@@ -9,7 +9,7 @@ from typing import Any
 from bursar.architecture import Network, Transformer, preset_keys
 from bursar.hardware import Accelerator
 from bursar.report.text import line, table
-from bursar.units import format_bytes, format_count, format_rate
+from bursar.units import format_bytes, format_count
 
 DTYPES = ("fp32", "tf32", "bf16", "fp8")
 
@@ -25,19 +25,19 @@ def accelerators_page(devices: Sequence[Accelerator]) -> Iterator[Any]:
     """One line per accelerator: dense peaks, memory, bandwidth."""
     yield table(
         "Accelerators: dense peaks in TFLOP/s, accumulating in fp32",
-        ("name", *DTYPES, "memory", "bandwidth", "ridge bf16"),
+        ("name", *DTYPES, "memory", "TB/s", "ridge"),
         [
             (
                 d.name,
                 *(f"{d.peak_flops_per_s[t] / 1e12:.5g}" if t in d.peak_flops_per_s else "–" for t in DTYPES),
                 format_bytes(d.memory_bytes),
-                format_rate(d.memory_bytes_per_s, "B"),
+                f"{d.memory_bytes_per_s / 1e12:.4g}",
                 f"{d.ridge('bf16'):.1f}" if "bf16" in d.peak_flops_per_s else "–",
             )
             for d in devices
         ],
     )
-    yield line("  ridge: FLOP per byte from which an op is bound by compute.")
+    yield line("  TB/s: memory bandwidth. ridge: FLOP per byte from which bf16 is bound by compute.")
     yield line("  bursar hardware NAME shows each figure's source.")
 
 

@@ -23,7 +23,7 @@ def render(
     micro = _times(ledger.step.micro_batches, "micro-batch")
     yield line(
         f"{ledger.model.name}: {format_count(ledger.model.parameters)} parameters, "
-        f"{ledger.step.samples} samples = {ledger.step.tokens} tokens in {micro}",
+        f"{_times(ledger.step.samples, 'sample')} = {_times(ledger.step.tokens, 'token')} in {micro}",
         style="bold",
     )
     least = "at least " if flops.uncounted else ""
@@ -165,15 +165,14 @@ def _modules(ledger: Ledger, forecast: Forecast | None) -> Iterator[Any]:
     if rest:
         f, b = sum(r[1] for r in rest), sum(r[2] for r in rest)
         body.append((f"{len(rest)} more", _flops(f), format_share(f / total), _bytes(b)))
+    body.append(("total", _flops(sum(r[1] for r in rows)), "", _bytes(sum(r[2] for r in rows))))
     yield table("By module (forward, backward, recompute)", ("module", "FLOPs", "share", "bytes moved"), body)
 
 
 def _explain(ledger: Ledger, forecast: Forecast | None) -> Iterator[Any]:
     flops = ledger.flops
     yield line("Where the figures come from", style="bold")
-    yield line(
-        f"  model FLOPs = Σ over the {len(ledger)} ops: matmul, attention, conv, forward and backward (counted)"
-    )
+    yield line(f"  model FLOPs = Σ over the {len(ledger)} ops: matmul, attention, conv, forward and backward (counted)")
     yield line(
         f"  6PT = 6 × {ledger.model.active_parameters} parameters × {ledger.step.tokens} tokens "
         "(rule of thumb; Kaplan et al. 2020, section 2.1)"
