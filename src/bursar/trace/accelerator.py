@@ -72,6 +72,10 @@ class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
     Stream = _Stream
     Event = _Event
 
+    def is_available(self) -> bool:
+        """Not outside a trace, where `patches` says otherwise: a DataLoader would pin memory for it, and fail."""
+        return False
+
     def set_device(self, device: Any) -> None: ...
     def synchronize(self, device: Any = None) -> None: ...
     def empty_cache(self) -> None: ...
@@ -142,9 +146,7 @@ def install() -> None:
             f"torch's one place for a private backend is taken by {taken!r}, so the fake GPU cannot be registered. "
             "Run bursar in a process that has not loaded it, or trace with on='cpu'."
         )
-    backend_registration._setup_privateuseone_for_python_backend(
-        NAME, backend_module=_Module(), device_guard=_Guard()
-    )
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), device_guard=_Guard())
     kernels = torch.library.Library("aten", "IMPL")
     for key in ("AutogradPrivateUse1", "PrivateUse1"):  # with and without gradients
         kernels.impl("scaled_dot_product_attention", _scaled_dot_product_attention, key)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def truncated_normal(undo: Undo) -> None:
-    """Initialise fake tensors without looking at them: torch 2.13 draws again until every value is within bounds."""
+    """Initialise fake tensors without looking at them: torch 2.12 began to draw again until all is within bounds."""
     plain = torch.nn.init._no_grad_trunc_normal_
 
     def trunc_normal_(tensor: Any, mean: float, std: float, *args: Any, **kwargs: Any) -> Any:

@@ -263,14 +263,15 @@ def _cuda_module(undo: Undo) -> None:
                  "get_rng_state", "set_rng_state", "is_bf16_supported", "get_device_properties", "Stream",
                  "Event"):  # fmt: skip
         undo.set(torch.cuda, name, getattr(fake, name))
-    undo.set(torch.cuda, "is_available", lambda: True)
+    for module in (torch.cuda, fake):
+        undo.set(module, "is_available", lambda: True)
     undo.set(torch.cuda, "is_initialized", lambda: True)
     undo.set(torch.cuda, "device_count", lambda: 1)
     undo.set(torch.cuda, "current_device", lambda: 0)
     undo.set(torch.cuda, "get_device_name", lambda device=None: "bursar's fake accelerator")
     undo.set(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     undo.set(torch.cuda, "_lazy_init", lambda: None)
-    undo.set(torch.cuda, "is_current_stream_capturing", lambda: False)  # torch 2.11's optimizers ask on each step
+    undo.set(torch.cuda, "is_current_stream_capturing", lambda: False)  # optimizers ask, before torch 2.13
     for name in ("manual_seed", "manual_seed_all", "seed", "seed_all", "init", "ipc_collect", "reset_peak_memory_stats",
                  "reset_accumulated_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached",
                  "set_per_process_memory_fraction"):  # fmt: skip

@@ -275,7 +275,7 @@ class Session:
             stack.callback(setattr, quiet, "disabled", quiet.disabled)
             quiet.disabled = True
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*pin_memory.*")
+                warnings.filterwarnings("ignore", message=".*(pin_memory|data pointer of FakeTensor)")
                 stack.enter_context(self.mode)
                 stack.enter_context(self.recorder)
                 try:
