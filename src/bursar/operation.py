@@ -1,7 +1,7 @@
 """One operation, named and priced: ``price(parse("matmul 16384x32768x8192"), accelerator("h100-sxm"))``. No torch.
 
-The language is a name, shapes and options; every form is a row of `FORMS`, with an example. `parse` turns the text into
-kernels (`kernels`), `rules` counts each, `roofline` bounds each on a device; nothing is counted here.
+The language is a name, shapes and options; every form is a row of `FORMS`, with an example. `parse` turns the text
+into `kernels`, `rules` counts each, `roofline` bounds each on a device; nothing is counted here.
 
     matmul 16384x32768x8192                       (B, D) @ (D, K); 8x512x64x512 has a batch in front
     matmul 16384x32768 @ 32768x8192               the same, both shapes written out
@@ -13,28 +13,38 @@ kernels (`kernels`), `rules` counts each, `roofline` bounds each on a device; no
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bursar import kernels as k
 from bursar import rules
-from bursar.errors import BadInput, UnknownName
+from bursar.errors import BadInput, NoAnswer, UnknownName
+from bursar.forms import FORMS, FUSED, STATES, Asked, Form, Shape, spell
 from bursar.hardware import Accelerator, dtype_name
 from bursar.roofline import unit_peak, work_seconds
 from bursar.rules import MODEL_KINDS, Op, Tensor, Work
 from bursar.units import format_rate, parse_count
 
-__all__ = ["DTYPES", "FORMS", "Operation", "Priced", "PricedKernel", "make", "mfu", "parse", "price", "shrunk"]
-
-Shape = tuple[int, ...]
+__all__ = [
+    "DTYPES",
+    "FORMS",
+    "Measured",
+    "Operation",
+    "Priced",
+    "PricedKernel",
+    "join",
+    "make",
+    "mfu",
+    "parse",
+    "price",
+    "shrunk",
+]
 
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8")
-_LARGEST = 10**12  # of one size; what a window is counted over is a list, and shorter
-_LONGEST_WINDOWED = 10**7
+_LARGEST = 10**12  # of one size
 _OTHER_DTYPE = {"fp8": ("matmul",), "tf32": ("matmul", "matvec", "einsum", "conv1d", "conv2d", "conv3d")}
 
 
@@ -60,9 +70,9 @@ class Operation:
         options = dict(self.options)
         if (equation := options.pop("equation", None)) is not None:
             words.append(f"'{equation}'")
-        words += [_spell(s) for s in self.shapes]
+        words += [spell(s) for s in self.shapes]
         for name, value in options.items():
-            words.append(name if value is True else f"{name}={_spell(value) if isinstance(value, tuple) else value}")
+            words.append(name if value is True else f"{name}={spell(value) if isinstance(value, tuple) else value}")
         return " ".join(words)
 
     @property
@@ -70,281 +80,6 @@ class Operation:
         """Its operands and everything its kernels write: the memory that running it needs at most."""
         return sum(t.n_bytes for t in (*self.operands, *(t for op in self.kernels for t in op.written)))
 
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What a form builds from: checked shapes and options."""
-
-    name: str
-    shapes: tuple[Shape, ...]
-    options: Mapping[str, Any]
-    dtype: str
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(k.tensor(self.dtype, *s) for s in self.shapes)
-
-    def error(self, why: str) -> BadInput:
-        form = FORMS[self.name]
-        got = " ".join(_spell(s) for s in self.shapes) or "nothing"
-        return BadInput(f"{self.name} {got}: {why}; it takes {form.takes}, as in '{form.example}'")
-
-
-_Built = tuple[tuple[Tensor, ...], tuple[Op, ...]]  # operands, forward kernels
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How one operation is written, and what builds it."""
-
-    example: str
-    takes: str
-    build: Callable[[_Asked], _Built]
-    shapes: tuple[int, ...] = (1,)  # how many it may have
-    options: tuple[str, ...] = ()
-    shrink: Callable[[int, int], bool] = lambda shape, dim: True  # which sizes may be halved and leave its kind of work
-    notes: tuple[str, ...] = ()
-
-
-# ---------------------------------------------------------------------------------------------------------- building
-
-
-def _matmul(x: _Asked) -> _Built:
-    if len(x.shapes) == 1:
-        if len(x.shapes[0]) not in (3, 4):
-            raise x.error(f"a product has 3 sizes, or 4 with a batch, not {len(x.shapes[0])}")
-        *batch, m, inner, n = x.shapes[0]
-        a, b = k.tensor(x.dtype, *batch, m, inner), k.tensor(x.dtype, *batch, inner, n)
-        return (a, b), (k.matmul(a, b),)
-    a, b = x.tensors()
-    if len(a.shape) < 2 or len(b.shape) < 2 or (len(b.shape) > 2 and a.shape[:-2] != b.shape[:-2]):
-        raise x.error("the factors are matrices, with the same batch in front of both or of the first alone")
-    if a.shape[-1] != b.shape[-2]:
-        raise x.error(
-            f"the inner sizes do not match, {a.shape[-1]} of {_spell(a.shape)} and {b.shape[-2]} of {_spell(b.shape)}"
-        )
-    rows = math.prod(a.shape[:-1] if len(b.shape) == 2 else a.shape[:-2])
-    if len(b.shape) == 2:  # torch folds the batch into the rows
-        return (a, b), (k.matmul(Tensor((rows, a.shape[-1]), a.dtype, a.n_bytes), b),)
-    flat = [Tensor((rows, *t.shape[-2:]), t.dtype, t.n_bytes) for t in (a, b)]
-    return (a, b), (k.matmul(flat[0], flat[1]),)
-
-
-def _matvec(x: _Asked) -> _Built:
-    if len(x.shapes[0]) not in (1, 2):
-        raise x.error("a matrix has two sizes; one means a square")
-    rows, columns = x.shapes[0][0], x.shapes[0][-1]
-    a, b = k.tensor(x.dtype, rows, columns), k.tensor(x.dtype, columns)
-    return (a, b), (k.matmul(a, b),)
-
-
-def _elementwise(x: _Asked) -> _Built:
-    (t,) = x.tensors()
-    return (t,), (k.pointwise(x.name, t),)
-
-
-def _broadcast(x: _Asked) -> _Built:
-    a, b = x.tensors() if len(x.shapes) == 2 else x.tensors() * 2
-    shape: list[int] = []
-    width = max(len(a.shape), len(b.shape))
-    padded = [(1,) * (width - len(t.shape)) + t.shape for t in (a, b)]
-    for m, n in zip(*padded, strict=True):
-        if 1 not in (m, n) and m != n:
-            raise x.error(f"{_spell(a.shape)} and {_spell(b.shape)} do not broadcast, {m} against {n}")
-        shape.append(max(m, n))
-    return (a, b), (k.pointwise(x.name, a, b, out=k.tensor(x.dtype, *shape)),)
-
-
-def _copy(x: _Asked) -> _Built:
-    (t,) = x.tensors()
-    return (t,), (k.kernel("clone", [t], self=t),)
-
-
-def _dropout(x: _Asked) -> _Built:
-    (t,) = x.tensors()
-    return (t,), (k.kernel("native_dropout", [t, k.tensor("bool", *t.shape)], input=t),)
-
-
-def _reduce(x: _Asked) -> _Built:
-    (t,) = x.tensors()
-    name = {"max": "amax", "min": "amin", "norm": "linalg_vector_norm"}.get(x.name, x.name)
-    return (t,), (k.kernel(name, [k.tensor(x.dtype)], self=t),)
-
-
-def _softmax(x: _Asked) -> _Built:
-    (t,) = x.tensors()
-    return (t,), (k.kernel("_" + x.name, [t], self=t),)
-
-
-def _layernorm(x: _Asked) -> _Built:
-    (t,) = x.tensors()
-    w = b = k.tensor(x.dtype, t.shape[-1])
-    row = k.statistics(t, *t.shape[:-1], 1)
-    return (t, w, b), (k.kernel("native_layer_norm", [t, row, row], input=t, weight=w, bias=b),)
-
-
-def _rmsnorm(x: _Asked) -> _Built:
-    (t,) = x.tensors()
-    w = k.tensor(x.dtype, t.shape[-1])
-    return (t, w), (k.kernel("_fused_rms_norm", [t, k.statistics(t, *t.shape[:-1], 1)], input=t, weight=w),)
-
-
-def _cross_entropy(x: _Asked) -> _Built:
-    (t,) = x.tensors()
-    if len(t.shape) != 2:
-        raise x.error(f"logits are tokens x vocabulary, two sizes, not {len(t.shape)}")
-    target, one = k.tensor("int64", t.shape[0]), k.tensor(x.dtype)
-    picked = k.kernel("nll_loss_forward", [one, one], self=t, target=target)
-    return (t, target), (k.kernel("_log_softmax", [t], self=t), picked)
-
-
-def _mse(x: _Asked) -> _Built:
-    (t,) = x.tensors()
-    return (t, t), (k.kernel("mse_loss", [k.tensor(x.dtype)], self=t, target=t),)
-
-
-def _convolution(x: _Asked) -> _Built:
-    spatial = int(x.name.removeprefix("conv").removesuffix("d"))
-    shape, filters = x.shapes
-    if len(shape) != spatial + 2 or len(filters) != spatial + 1:
-        raise x.error(f"{x.name} has {spatial + 2} sizes, then {spatial + 1}, not {len(shape)} and {len(filters)}")
-    groups, transposed = x.options.get("groups", 1), x.options.get("transposed", False)
-    channels, out_channels, size = shape[1], filters[0], filters[1:]
-    if channels % groups or out_channels % groups:
-        raise x.error(f"groups={groups} divides not both {channels} input and {out_channels} output channels")
-    stride, padding, dilation = (_each(x, name, spatial) for name in ("stride", "padding", "dilation"))
-    out = [
-        (n - 1) * s - 2 * p + d * (f - 1) + 1 if transposed else (n + 2 * p - d * (f - 1) - 1) // s + 1
-        for n, f, s, p, d in zip(shape[2:], size, stride, padding, dilation, strict=True)
-    ]
-    if min(out) < 1:
-        raise x.error(f"the kernel {_spell(size)} leaves no output of {_spell(shape[2:])}")
-    image = k.tensor(x.dtype, *shape)
-    leading = (channels, out_channels // groups) if transposed else (out_channels, channels // groups)
-    weight = k.tensor(x.dtype, *leading, *size)
-    return (image, weight), (k.convolution(image, weight, k.tensor(x.dtype, shape[0], out_channels, *out), transposed),)
-
-
-def _each(x: _Asked, name: str, spatial: int) -> Shape:
-    value: Shape = x.options.get(name, (0,) if name == "padding" else (1,))
-    if len(value) not in (1, spatial):
-        raise x.error(f"{name} has one number or {spatial}, not {len(value)}")
-    return value * spatial if len(value) == 1 else value
-
-
-def _attention(x: _Asked) -> _Built:
-    if len(x.shapes[0]) != 4:
-        raise x.error(f"queries have 4 sizes, batch x heads x sequence x head size, not {len(x.shapes[0])}")
-    B, H, S, d = x.shapes[0]
-    heads, T, window = x.options.get("kv", H), x.options.get("keys", S), x.options.get("window")
-    if H % heads:
-        raise x.error(f"{H} query heads cannot share {heads} key and value heads evenly")
-    if window is not None and S > _LONGEST_WINDOWED:
-        raise x.error(f"a window is counted over {_LONGEST_WINDOWED:,} queries at most")
-    q, kv = k.tensor(x.dtype, B, H, S, d), k.tensor(x.dtype, B, heads, T, d)
-    return (q, kv, kv), (k.attention(q, kv, kv, causal=x.options.get("causal", False), window=window),)
-
-
-def _einsum(x: _Asked) -> _Built:
-    equation = x.options["equation"]
-    inputs, arrow, result = equation.partition("->")
-    labels = inputs.split(",")
-    if not re.fullmatch(r"[A-Za-z]*(,[A-Za-z]*)*(->[A-Za-z]*)?", equation):
-        raise x.error(f"{equation!r} is not letters, commas and one -> (an ellipsis has to be written out)")
-    if not arrow:  # numpy's rule: what stands once, in alphabetical order
-        result = "".join(sorted(s for s in set(inputs) - {","} if inputs.count(s) == 1))
-    if len(labels) != len(x.shapes):
-        raise x.error(f"{equation!r} has {len(labels)} operands and {len(x.shapes)} shapes are given")
-    sizes: dict[str, int] = {}
-    for letters, shape in zip(labels, x.shapes, strict=True):
-        if len(letters) != len(shape):
-            raise x.error(f"{letters!r} has {len(letters)} letters and {_spell(shape)} has {len(shape)} sizes")
-        for s, n in zip(letters, shape, strict=True):
-            if sizes.setdefault(s, n) != n:
-                raise x.error(f"{s} is {sizes[s]} in one operand and {n} in {_spell(shape)}")
-    if len(set(result)) != len(result) or not set(result) <= set(sizes):
-        raise x.error(f"the letters of the result {result!r} have to be different ones of the operands")
-    distinct = ["".join(dict.fromkeys(letters)) for letters in labels]  # ii is a diagonal, a view
-    diagonals = [k.tensor(x.dtype, *(sizes[s] for s in letters)) for letters in distinct]
-    return x.tensors(), k.einsum(f"{','.join(distinct)}->{result}", diagonals)
-
-
-def _embedding(x: _Asked) -> _Built:
-    if len(x.shapes[0]) != 2 or "tokens" not in x.options:
-        raise x.error("a table has two sizes, and tokens=N says how many rows are looked up")
-    table, indices = k.tensor(x.dtype, *x.shapes[0]), k.tensor("int64", x.options["tokens"])
-    rows = k.tensor(x.dtype, x.options["tokens"], x.shapes[0][1])
-    return (table, indices), (k.kernel("embedding", [rows], weight=table, indices=indices),)
-
-
-# What each optimizer's fused kernel updates beside the parameters
-_STATES = {
-    "adamw": ("_fused_adamw_", "exp_avgs", "exp_avg_sqs"),
-    "adam": ("_fused_adam_", "exp_avgs", "exp_avg_sqs"),
-    "adagrad": ("_fused_adagrad_", "state_sums"),
-    "momentum": ("_fused_sgd_", "momentum_buffer_list"),
-}
-
-
-def _optimizer(x: _Asked) -> _Built:
-    if len(x.shapes[0]) != 1:
-        raise x.error("one number, the parameters")
-    (p,) = x.tensors()
-    fused, *states = _STATES[x.name]
-    args = {name: [p] for name in ("self", "grads", *states)}
-    op = Op(f"aten.{fused}", args, (), writes=("self", *states), returns_new=False)
-    return (p,), (op,)
-
-
-_CONV_OPTIONS = ("stride", "padding", "dilation", "groups", "transposed", "no-dx")
-_A_SHAPE, _ALONG = "a shape", "a shape; it runs along the last size"
-_ONE_FLOP = "a function of one element counts as one FLOP, whatever the function"
-_FUSED = "attention is priced as one fused kernel: the scores never reach memory"
-_PAIRWISE = (
-    "einsum goes pairwise from the left, as torch does unless opt_einsum is installed; copies that make an operand "
-    "dense for bmm are not counted"
-)
-_STATE_DTYPE = "states and gradients are in the dtype of the parameters"
-
-
-def _batch_and_space(shape: int, dim: int) -> bool:
-    return shape == 0 and dim != 1
-
-
-def _batch_and_sequence(shape: int, dim: int) -> bool:
-    return dim in (0, 2)
-
-
-def _rows(shape: int, dim: int) -> bool:
-    return dim == 0
-
-
-FORMS: dict[str, Form] = {
-    "matmul": Form("matmul 16384x32768x8192", "BxDxK for (B, D) @ (D, K), with a batch in front, or two shapes",
-                   _matmul, (1, 2), ("no-dx",)),
-    "matvec": Form("matvec 1024x1024", "a matrix, or one size for a square", _matvec, options=("no-dx",)),
-    "einsum": Form("einsum 'bij,bjk->bik' 2x3x4 2x4x5", "an equation and a shape for each operand",
-                   _einsum, tuple(range(1, 27)), notes=(_PAIRWISE,)),
-    **{name: Form(f"{name} 8x64{space} 64{size} padding=1", "the input NxCx(space), then output channels x kernel",
-                  _convolution, (2,), _CONV_OPTIONS, _batch_and_space)
-       for name, space, size in (("conv1d", "x56", "x3"), ("conv2d", "x56x56", "x3x3"), ("conv3d", "x8x56x56", "x3x3x3"))},
-    "attention": Form("attention 2x4x64x32 causal", "batch x heads x sequence x head size",
-                      _attention, (1,), ("kv", "keys", "window", "causal"), _batch_and_sequence, (_FUSED,)),
-    **{name: Form(f"{name} 4096x4096", _A_SHAPE, _elementwise, notes=(_ONE_FLOP,)) for name in k.UNARY},
-    **{name: Form(f"{name} 4096x4096", "a shape, or two that broadcast", _broadcast, (1, 2))
-       for name in (*k.BINARY, "maximum", "minimum")},
-    "copy": Form("copy 4096x4096", _A_SHAPE, _copy),
-    "dropout": Form("dropout 4096x4096", _A_SHAPE, _dropout),
-    **{name: Form(f"{name} 4096x4096", "a shape, reduced to one number", _reduce)
-       for name in ("sum", "mean", "max", "min", "norm", "var")},
-    "softmax": Form("softmax 8192x50257", _ALONG, _softmax),
-    "log_softmax": Form("log_softmax 8192x50257", _ALONG, _softmax),
-    "layernorm": Form("layernorm 8192x4096", _ALONG, _layernorm),
-    "rmsnorm": Form("rmsnorm 8192x4096", _ALONG, _rmsnorm, notes=("rmsnorm is priced as a GPU's fused kernel",)),
-    "cross_entropy": Form("cross_entropy 8192x50257", "tokens x vocabulary", _cross_entropy),
-    "mse": Form("mse 4096x4096", _A_SHAPE, _mse),
-    "embedding": Form("embedding 50257x768 tokens=8192", "the table and tokens=N", _embedding, (1,), ("tokens",), _rows),
-    **{name: Form(f"{name} 124M", "the number of parameters", _optimizer, notes=(_STATE_DTYPE,)) for name in _STATES},
-}  # fmt: skip
 
 _FLAGS = ("causal", "transposed", "no-dx", "backward")
 _COUNTS = ("kv", "keys", "window", "groups", "tokens")
@@ -380,7 +115,7 @@ def parse(text: str, dtype: str = "bf16") -> Operation:
         if equals or key in _FLAGS or (word.isidentifier() and not re.search(r"\dx|x\d", word)):
             options[key] = _option(name, key, value if equals else None)
         elif word != "@":
-            shapes.append(_shape(word, form, count=name in _STATES))
+            shapes.append(_shape(word, form, count=name in STATES))
     return make(name, tuple(shapes), dtype, options)
 
 
@@ -390,7 +125,7 @@ def make(name: str, shapes: tuple[Shape, ...], dtype: str, options: Mapping[str,
     if known not in DTYPES:
         raise UnknownName("dtype", dtype, DTYPES)
     form = FORMS[name]
-    asked = _Asked(name, shapes, options, known)
+    asked = Asked(name, shapes, options, known)
     if len(shapes) not in form.shapes:
         wanted = " or ".join(map(str, form.shapes[:2])) if len(form.shapes) < 3 else "some"
         raise asked.error(f"it has {len(shapes)} shapes and takes {wanted}")
@@ -400,7 +135,7 @@ def make(name: str, shapes: tuple[Shape, ...], dtype: str, options: Mapping[str,
         raise BadInput("the backward of an fp8 product depends on its scaling recipe; ask for bf16")
     operands, made = form.build(asked)
     if options.get("backward"):
-        if name in _STATES:
+        if name in STATES:
             raise BadInput(f"{name} has no backward: it is the optimizer's step")
         inputs_too = not options.get("no-dx")
         made = tuple(op for forward in reversed(made) for op in k.backward(forward, inputs_too=inputs_too))
@@ -423,6 +158,15 @@ def shrunk(operation: Operation, power: int) -> Operation:
         shapes = ((*image[:2], *space), weight)
     options = {key: max(1, n >> power) if key in _SIZED else n for key, n in operation.options.items()}
     return make(operation.name, shapes, operation.dtype, options)
+
+
+def join(text: str, words: Sequence[str]) -> str:
+    """One operation from the words of a command line, whose shell has taken the quotation marks.
+
+    >>> join("relu", ("4x4", "backward"))
+    'relu 4x4 backward'
+    """
+    return " ".join((text, *words))
 
 
 def _words(text: str) -> list[str]:
@@ -463,10 +207,6 @@ def _option(name: str, key: str, value: str | None) -> Any:
     if min(numbers) < least:
         raise BadInput(f"{key} of {name} is a whole number from {least}, as in {key}=2, not {value!r}")
     return numbers[0] if key in _COUNTS else numbers
-
-
-def _spell(shape: Shape) -> str:
-    return "x".join(map(str, shape))
 
 
 # ---------------------------------------------------------------------------------------------------------- pricing
@@ -576,6 +316,41 @@ class Priced:
         return None if self.device is None else sum(s for s in seconds if s is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One operation in one dtype, timed. Counts are those of `operation`, which may be smaller than what was asked."""
+
+    operation: Operation
+    device: str  # the driver's name of the GPU, or "cpu"
+    flops: int
+    bytes: int
+    seconds: float  # median
+    iqr_seconds: float
+    cpu_seconds: float  # median; all threads together, of the host
+    repeats: int
+    threads: int  # torch's
+    cpus: int  # this process may run on
+    shrunk_by: int  # sizes were divided by 2 to this power
+    canary_flops_per_s: tuple[float, float]  # a small fp32 product before and after
+    mfu: float | None
+    mfu_note: str  # against which peak, or why there is none
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def flops_per_s(self) -> float:
+        """FLOP/s reached."""
+        return self.flops / self.seconds
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bytes moved per second, by the count: a cache may have spared the memory some of them."""
+        return self.bytes / self.seconds
+
+    def speed_up(self, other: Measured) -> float:
+        """How many times the FLOP/s of ``other``; its bytes/s where there are no FLOPs."""
+        return self.flops_per_s / other.flops_per_s if other.flops else self.bytes_per_s / other.bytes_per_s
+
+
 def price(operation: Operation, device: Accelerator | None = None) -> Priced:
     """What ``operation`` costs, and on ``device`` the least time it can take.
 
@@ -601,12 +376,12 @@ def price(operation: Operation, device: Accelerator | None = None) -> Priced:
 def mfu(flops: int, seconds: float, device: Accelerator, dtype: str) -> float:
     """``flops`` in ``seconds`` over the dense peak in ``dtype``.
 
-    Raises BadInput where the device has no such peak, and where the share is above 1: nothing runs faster than that,
-    so something other than what was asked was timed.
+    Raises BadInput where the device has no such peak, NoAnswer where the share is above 1: nothing runs faster than
+    that, so something other than what was asked was timed.
     """
     share = flops / seconds / device.peak(dtype)
     if share > 1:
-        raise BadInput(
+        raise NoAnswer(
             f"{format_rate(flops / seconds, 'FLOP')} would be {share:.2f} of the dense {dtype} peak of {device.name}, "
             f"{format_rate(device.peak(dtype), 'FLOP')}: likely causes are fp32 run on TF32 tensor cores, a timer read "
             "before the device was done, or a device other than its name says"
@@ -620,7 +395,7 @@ def _assumptions(priced: Priced, peak: float | None) -> list[str]:
     if operation.options.get("backward"):
         notes.append("backward is its kernels alone: the forward before it is not in it")
         if operation.name == "attention":
-            notes.append(_FUSED)
+            notes.append(FUSED)
         if not operation.kernels:
             notes.append(f"the backward of {operation.name} hands the gradient on as a view: no kernel runs")
     if operation.options.get("window"):
