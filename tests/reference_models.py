@@ -273,7 +273,7 @@ def build(case: Case | str, device: str = "cpu") -> Running:
 
     def step() -> None:
         for _ in range(case.accumulate):
-            with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+            with torch.autocast(torch.device(device).type, torch.bfloat16) if autocast else contextlib.nullcontext():
                 loss = loss_of()
             (loss / case.accumulate if case.accumulate > 1 else loss).backward()
             del loss
