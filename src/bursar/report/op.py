@@ -214,8 +214,12 @@ def _measured(measured: Sequence[Measured]) -> Iterator[Any]:
             for m in measured
         ],
     )  # fmt: skip
-    for note in dict.fromkeys(n for m in measured for n in (f"MFU: {m.mfu_note}", *m.notes)):
-        yield line(f"  {note}")
+    said: dict[str, list[str]] = {}
+    for m in measured:
+        for note in (f"MFU: {m.mfu_note}", *m.notes):
+            said.setdefault(note, []).append(m.operation.dtype)
+    for note, dtypes in said.items():
+        yield line(f"  {note}" if len(dtypes) == len(measured) else f"  {', '.join(dtypes)}: {note}")
 
 
 def _explain(priced: Priced, measured: Sequence[Measured]) -> Iterator[Any]:
