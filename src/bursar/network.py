@@ -47,3 +47,22 @@ def data_parallel(ranks: int, gradient_bytes: int) -> tuple[Collective, ...]:
         return ()
     calls = math.ceil(gradient_bytes / BUCKET_BYTES)
     return (Collective("all_reduce", "dp", ranks, calls, all_reduce_bytes(ranks, gradient_bytes)),)
+
+
+def rounds(strategy: str, micro_batches: int, deferred: bool) -> dict[str, int]:
+    """Collectives over the whole model that one rank joins in one step of ``micro_batches``.
+
+    ``deferred`` synchronises gradients after the last micro-batch only: DDP's ``no_sync``, FSDP's
+    ``set_requires_gradient_sync``. ``fsdp`` reshards after forward, so each forward and each backward gathers the
+    parameters anew (Rajbhandari et al. 2020, section 7.2.2). Raises KeyError for a strategy other than ddp and fsdp.
+
+    >>> rounds("fsdp", 4, deferred=False)
+    {'all_gather': 8, 'reduce_scatter': 4}
+    >>> rounds("ddp", 4, deferred=True)
+    {'all_reduce': 1}
+    """
+    synchronised = 1 if deferred else micro_batches
+    return {
+        "ddp": {"all_reduce": synchronised},
+        "fsdp": {"all_gather": 2 * micro_batches, "reduce_scatter": synchronised},
+    }[strategy]
