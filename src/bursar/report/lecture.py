@@ -1,0 +1,100 @@
+"""The page and the JSON of ``bursar lecture``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from bursar.report.record import SCHEMA_VERSION
+from bursar.report.text import line
+
+VERDICTS = ("right", "depends", "misleading", "wrong", "not checkable")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One claim of the notes with what bursar makes of it. ``verdict`` is None for what is not executed yet."""
+
+    id: str
+    claim: str
+    notes: str
+    correct: str
+    computed: str | None = None
+    verdict: str | None = None
+    holds: tuple[tuple[str, bool], ...] = ()  # under which conditions the statement was found true
+    follows: tuple[tuple[str, bool], ...] = ()  # whether what the notes draw from it is
+    reason: str = ""  # why no code settles it
+
+
+class ClaimRecord(msgspec.Struct):
+    """One claim in JSON; ``computed`` and ``verdict`` are null where it is not executed yet."""
+
+    id: str
+    claim: str
+    notes: str
+    computed: str | None
+    verdict: str | None
+    correct: str
+
+
+class LectureRecord(msgspec.Struct, kw_only=True):
+    """What ``bursar lecture --json`` prints."""
+
+    schema_version: int = SCHEMA_VERSION
+    claims: list[ClaimRecord]
+
+
+def lecture_record(lines: Sequence[Line]) -> LectureRecord:
+    """The record of ``lines``."""
+    return LectureRecord(claims=[ClaimRecord(x.id, x.claim, x.notes, x.computed, x.verdict, x.correct) for x in lines])
+
+
+def render(lines: Sequence[Line], *, explain: bool = False) -> Iterator[Any]:
+    """Claim by claim, then what comes later, then the count by verdict; ``explain`` adds the conditions tested."""
+    yield line("The claims of the lecture notes: what they say, what bursar computes, the verdict", style="bold")
+    for x in lines:
+        if x.verdict is not None:
+            yield line("")
+            yield line(f"{x.id}  {x.claim}", style="bold")
+            yield _block(x, explain)
+    later = [x.id for x in lines if x.verdict is None]
+    if later:
+        yield line("")
+        yield line(f"Comes later, not executed yet: {', '.join(later)}")
+    yield line("")
+    yield line(_count(lines), style="bold")
+
+
+def _block(x: Line, explain: bool) -> Table:
+    """Label and text, wrapped beside the label."""
+    made = Table.grid(padding=(0, 2, 0, 0))
+    made.add_column(min_width=9)
+    made.add_column(overflow="fold")
+    made.add_row("  notes", line(x.notes))
+    made.add_row("  bursar", line(x.computed or x.reason))
+    if explain:
+        for label, conditions in (("tested", x.holds), ("drawn", x.follows)):
+            for condition, holds in conditions:
+                made.add_row(f"  {label}", line(f"{condition}: {'yes' if holds else 'no'}"))
+    made.add_row("  verdict", line(x.verdict or "", style=_STYLES.get(x.verdict or "", "")))
+    made.add_row("  correct", line(x.correct))
+    return made
+
+
+_STYLES = {
+    "right": "green",
+    "depends": "yellow",
+    "misleading": "yellow",
+    "wrong": "red",
+}  # beside the word, never for it
+
+
+def _count(lines: Sequence[Line]) -> str:
+    by_verdict = [(v, sum(x.verdict == v for x in lines)) for v in VERDICTS]
+    later = sum(x.verdict is None for x in lines)
+    parts = [f"{n} {v}" for v, n in by_verdict if n] + ([f"{later} later"] if later else [])
+    return f"{len(lines)} claims: {', '.join(parts)}"
