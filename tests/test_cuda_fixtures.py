@@ -46,7 +46,9 @@ def disagreements(case: dict, ledger) -> list[str]:
     theirs = [SAME.get(op, op) for op, _ in recorded if op not in FREE]
     ours = [SAME.get(row.op, row.op) for row in ledger.recorded if row.op not in FREE]
     if theirs != ours:
-        at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
+        )
         found.append(f"op {at}: {theirs[at : at + 3]} there, {ours[at : at + 3]} here ({len(theirs)} and {len(ours)})")
     if "allocated_peak_bytes" in case:
         ratio = ledger.memory.peak_bytes / case["allocated_peak_bytes"]

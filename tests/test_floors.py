@@ -19,9 +19,9 @@ FLOORS = {
     1: "hardware architecture catalog",
     # a ledger's .memory replays its own events, and asks the allocator what it would hold: they stand together
     2: "rules kernels ledger memory allocator",
-    3: "roofline network schedule run operation",
+    3: "roofline network schedule run operation forms",
     4: "plan report lecture",
-    5: "trace workload meter probe train bench lecture.chapter* lecture.traces",  # a chapter runs the notes' code
+    5: "trace workload measure meter probe train bench lecture.chapter* lecture.traces",  # a chapter runs the notes' code
     6: "cli web __main__",
 }
 TORCH_FLOOR = 5

@@ -245,7 +245,9 @@ def test_full_recompute_does_the_blocks_forward_again():
 
 def test_selective_recompute_does_the_attention_core_again():
     plain = bursar.step("gpt2:L=3,d=64,h=4,V=128", batch_size=2, seq_len=32, precision="bf16")
-    selective = bursar.step("gpt2:L=3,d=64,h=4,V=128", batch_size=2, seq_len=32, precision="bf16", recompute="selective")
+    selective = bursar.step(
+        "gpt2:L=3,d=64,h=4,V=128", batch_size=2, seq_len=32, precision="bf16", recompute="selective"
+    )
     core = 3 * 2 * 4 * 4 * (32 * 33 // 2) * 16  # layers x batch x heads x 4 x pairs x head size
     assert selective.flops.recompute - plain.flops.recompute == core
     assert selective.flops.model == plain.flops.model
@@ -382,7 +384,9 @@ def test_a_config_costs_what_its_shape_says(capsys, config, kind):
     }[kind]
     pairs = S * S if kind == "bert" else S * (S + 1) // 2
     attention = L * B * 4 * pairs * d  # all heads together are d wide
-    rope = 2 * (d // 4 // 2) * S if kind == "llama" else 0  # transformers makes its angles by a product, without gradient
+    rope = (
+        2 * (d // 4 // 2) * S if kind == "llama" else 0
+    )  # transformers makes its angles by a product, without gradient
     assert found["flops"]["forward"] - attention - 2 * weights * B * S in (0, rope, B * rope)
     assert found["flops"]["attention"] == 3 * attention + attention // 2  # QK^T once more in backward
     assert found["flops"]["uncounted"] == []
@@ -575,7 +579,8 @@ def test_the_ledger_is_written_as_parquet(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["run", "--params", "70B", "--tokens", "15T", "--on", "1024xh100-sxm"], ["hardware"], ["models"]]
+    "argv",
+    [["--help"], ["run", "--params", "70B", "--tokens", "15T", "--on", "1024xh100-sxm"], ["hardware"], ["models"]],
 )
 def test_answers_that_need_no_torch_do_not_import_it(argv):
     code = (

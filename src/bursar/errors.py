@@ -17,7 +17,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["BadInput", "BursarError", "DataDependent", "MissingExtra", "NoAnswer", "NotCalibrated", "TraceFailed", "UnknownName"]
+__all__ = [
+    "BadInput",
+    "BursarError",
+    "DataDependent",
+    "MissingExtra",
+    "NoAnswer",
+    "NotCalibrated",
+    "TraceFailed",
+    "UnknownName",
+]
 
 
 class BursarError(Exception):

@@ -25,8 +25,14 @@ def print_page(*parts: Any) -> None:
     from bursar.report.text import console
 
     out = console()
-    for part in parts:
-        out.print(part)
+    if out.is_terminal:
+        for part in parts:
+            out.print(part)
+        return
+    with out.capture() as page:  # rich pads every line to the table's width; a file wants none of it
+        for part in parts:
+            out.print(part)
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in page.get().splitlines()))
 
 
 def warn(messages: Iterable[str]) -> None:

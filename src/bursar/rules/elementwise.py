@@ -27,6 +27,18 @@ def lerp(op: Op) -> Work:
     return pointwise(op, 3)
 
 
+@rule("aten.mish_backward", kind="elementwise")
+def mish_backward(op: Op) -> Work:
+    """Pointwise, though torch does not tag it so."""
+    return pointwise(op)
+
+
+@rule("aten.masked_fill", "aten.masked_fill_", kind="elementwise")
+def masked_fill(op: Op) -> Work:
+    """Chooses, computes nothing: reads the tensor and the mask, writes the tensor."""
+    return op.moving()
+
+
 @rule("aten.native_dropout", kind="elementwise")
 def dropout(op: Op) -> Work:
     """Draw, compare, scale: 1 multiply per element; writes the result and a mask of one byte each."""
@@ -72,23 +84,29 @@ for _base in ("abs acos add addcdiv addcmul asin atan ceil clamp_max clamp_min c
     rule(f"aten._foreach_{_base}", *_in_place, kind="elementwise")(foreach)
 
 
+def _fused(op: Op, flops: int) -> Work:
+    """One kernel over all parameters. The schema marks the gradients as written, which only a loss scale would do."""
+    grads = sum(t.n_bytes for t in op["grads"])
+    done = op.moving(flops)
+    return Work(flops, done.read_bytes, done.written_bytes - grads if "grads" in op.writes else done.written_bytes)
+
+
 @rule("aten._fused_adamw_", "aten._fused_adam_", kind="optimizer")
 def fused_adam(op: Op) -> Work:
     """Decay 1 multiply (or add), two moments 3 + 4, bias, root, eps and division 4, update 2: 14 per parameter."""
-    n = sum(t.numel for t in op["self"])
-    return op.moving(14 * n)
+    return _fused(op, 14 * sum(t.numel for t in op["self"]))
 
 
 @rule("aten._fused_sgd_", kind="optimizer")
 def fused_sgd(op: Op) -> Work:
     """Momentum 2 and update 2 per parameter."""
-    return op.moving(4 * sum(t.numel for t in op["self"]))
+    return _fused(op, 4 * sum(t.numel for t in op["self"]))
 
 
 @rule("aten._fused_adagrad_", kind="optimizer")
 def fused_adagrad(op: Op) -> Work:
     """Square and add 2, root, eps, division 3, update 2 per parameter."""
-    return op.moving(7 * sum(t.numel for t in op["self"]))
+    return _fused(op, 7 * sum(t.numel for t in op["self"]))
 
 
 @rule("aten._amp_foreach_non_finite_check_and_unscale_", kind="elementwise")

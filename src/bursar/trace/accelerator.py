@@ -133,6 +133,11 @@ def dropped_error() -> BaseException | None:
     return first
 
 
+# One kernel each on CUDA; a backend without its own gets them taken apart (all ops that torch composes implicitly and
+# yet has kernels for, torch 2.13).
+ONE_KERNEL = ("_fused_rms_norm", "_fused_rms_norm_backward", "silu_backward", "mish_backward", "native_channel_shuffle")
+
+
 def install() -> None:
     """Register the fake accelerator, once per process.
 
@@ -152,8 +157,8 @@ def install() -> None:
         kernels.impl("scaled_dot_product_attention", _scaled_dot_product_attention, key)
         kernels.impl("rms_norm", _rms_norm, key)
     # A kernel of the backend's own makes torch use the op's autograd formula instead of decomposing it; it never runs.
-    kernels.impl("_fused_rms_norm", _never, "PrivateUse1")
-    kernels.impl("_fused_rms_norm_backward", _never, "PrivateUse1")
+    for name in ONE_KERNEL:
+        kernels.impl(name, _never, "PrivateUse1")
     _libraries.append(kernels)
     _libraries.extend(autocast.install(NAME))
 

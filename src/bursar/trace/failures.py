@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -13,6 +14,7 @@ from bursar.errors import BursarError, DataDependent, TraceFailed
 
 _OURS = str(Path(__file__).resolve().parent.parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
+_NO_FAKE = re.compile(r"There was no fake impl registered for <CustomOpDef\((.*?)\)>")  # torch/_library/custom_ops.py
 _NEEDS_DATA = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 
 
@@ -44,10 +46,11 @@ def explain(error: BaseException, on: str | None) -> BursarError | None:
             f"{func} needs the values of a tensor and a trace has only shapes. Take the value from a Python number, or "
             "write it without data: torch.where for a branch, a multiplied mask for x[x > 0], no .item() in forward.",
         )
-    if isinstance(error, fake_tensor.UnsupportedOperatorException):
-        name = str(func).rsplit(".", 1)[0].replace(".", "::", 1)
+    unregistered = _NO_FAKE.match(str(error)) if isinstance(error, RuntimeError) else None
+    if unregistered or isinstance(error, fake_tensor.UnsupportedOperatorException):
+        name = unregistered[1] if unregistered else str(func).rsplit(".", 1)[0].replace(".", "::", 1)
         return TraceFailed(
-            f"the operator {func} (in {module or 'the model'}, at {where}) has no fake kernel, so its output's shape is "
+            f"the operator {name} (in {module or 'the model'}, at {where}) has no fake kernel, so its output's shape is "
             f"unknown. Give it one: @torch.library.register_fake({name!r}) on a function that returns an empty tensor "
             "of that shape."
         )

@@ -90,6 +90,10 @@ def _fake_rms_norm_backward(grad: Any, x: Any, shape: Any, rstd: Any, weight: An
     return (torch.empty_like(x) if mask[0] else None), (torch.empty_like(weight) if mask[1] else None)
 
 
+def _fake_like_second(grad: Any, x: Any) -> Any:
+    return torch.empty_like(x)
+
+
 def _fake_nothing(*args: Any, **kwargs: Any) -> None:
     """An op that only writes in place."""
 
@@ -111,6 +115,9 @@ _FAKES = {
     "aten._to_copy": _fake_to_copy,
     "aten._fused_rms_norm": _fake_rms_norm,
     "aten._fused_rms_norm_backward": _fake_rms_norm_backward,
+    "aten.silu_backward": _fake_like_second,
+    "aten.mish_backward": _fake_like_second,
+    "aten.native_channel_shuffle": lambda x, groups: torch.empty_like(x),
     "aten._fused_sgd_": _fake_nothing,
     "aten._fused_adagrad_": _fake_nothing,
 }

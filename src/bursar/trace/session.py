@@ -49,6 +49,7 @@ class Session:
         self._own_grads: dict[int, tuple[torch.Tensor, Any]] = {}  # real parameters and the .grad they came with
         self._layer_outputs: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
+        self._moved: set[int] = set()  # ids of a user's own modules that a .to() made fake for the time
         self._patches = patches.Undo()
         self._optimizers: dict[int, Any] = {}
 
@@ -105,8 +106,9 @@ class Session:
     def _remember(self, root: torch.nn.Module) -> None:
         """Note what ``root`` holds, to take out every fake tensor its forward may leave in it (a cache, a buffer)."""
         tensors = (*root.parameters(), *root.buffers())
-        if any(type(t) in REAL for t in tensors):
-            for module in root.modules():
+        modules = list(root.modules())
+        if any(type(t) in REAL for t in tensors) or any(id(m) in self._moved for m in modules):
+            for module in modules:
                 for held in (module.__dict__, module._parameters, module._buffers):
                     self._undo.append(functools.partial(_without_fakes, held, dict(held)))
 
@@ -247,6 +249,7 @@ class Session:
 
     def _replaced(self, module: torch.nn.Module, name: str, real: Any) -> None:
         where = module._parameters if name in module._parameters else module._buffers
+        self._moved.add(id(module))
         self._undo.append(lambda: where.__setitem__(name, real))
 
     @contextlib.contextmanager
