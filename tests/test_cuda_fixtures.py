@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 
 import pytest
-from reference_models import CASES, build
 
 from bursar.rules import FREE
 from bursar.trace import tracing
+from reference_models import CASES, build
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FILES = sorted((BENCHMARKS / "fixtures").glob("*.json"))

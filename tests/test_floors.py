@@ -21,7 +21,7 @@ FLOORS = {
     2: "rules kernels ledger memory allocator",
     3: "roofline network schedule run operation forms",
     4: "plan report lecture",
-    5: "trace workload measure meter probe train bench lecture.chapter* lecture.traces",  # a chapter runs the notes' code
+    5: "trace workload measure meter probe train bench lecture.chapter* lecture.traces",  # chapters run the notes' code
     6: "cli web __main__",
 }
 TORCH_FLOOR = 5

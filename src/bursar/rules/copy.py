@@ -31,7 +31,8 @@ WRITE_ONLY = frozenset(
 
 
 @rule("aten._to_copy", "aten.clone", "aten.cat", "aten.stack", "aten.repeat", "aten.constant_pad_nd", "aten.flip",
-      "aten.roll", "aten.repeat_interleave", "aten.channel_shuffle", "aten.native_channel_shuffle", "aten.split_with_sizes_copy", "aten.slice_scatter", "aten.select_scatter",
+      "aten.roll", "aten.repeat_interleave", "aten.channel_shuffle", "aten.native_channel_shuffle",
+      "aten.split_with_sizes_copy", "aten.slice_scatter", "aten.select_scatter",
       "aten.tril", "aten.triu", "aten.reflection_pad2d", "aten.replication_pad2d", "aten.pixel_shuffle",
       "aten.nonzero", "aten.masked_select", "aten.tril_indices", "aten.triu_indices", "aten.as_strided_scatter",
       "aten.copy", "aten.im2col", "aten.col2im", "aten.upsample_nearest2d", kind="copy")  # fmt: skip

@@ -1,4 +1,7 @@
-"""One value in, one value out. A function evaluation is one FLOP, whatever the function; integers and booleans are none."""
+"""One value in, one value out.
+
+A function evaluation is one FLOP, whatever the function; work on integers and booleans is none.
+"""
 
 from __future__ import annotations
 

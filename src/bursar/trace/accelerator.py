@@ -66,7 +66,7 @@ class _Event:
         return 0.0
 
 
-class _Module(backend_registration._DummyBackendModule):  # type: ignore[misc]
+class _Module(backend_registration._DummyBackendModule):
     """``torch.gpu``: what torch and user code ask a device module, answered without a device."""
 
     Stream = _Stream
@@ -111,7 +111,7 @@ _PRIVATE_USE = torch._C._autograd.DeviceType.PrivateUse1
 _dropped: list[BaseException] = []
 
 
-class _Guard(backend_registration._DummyDeviceGuard):  # type: ignore[misc]
+class _Guard(backend_registration._DummyDeviceGuard):
     """Names the device type, and survives being asked for it while an error is on its way out of autograd's engine.
 
     The engine's stream guard asks in its destructor. Entering Python with an error set there ends the process, so the

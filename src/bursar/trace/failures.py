@@ -50,8 +50,8 @@ def explain(error: BaseException, on: str | None) -> BursarError | None:
     if unregistered or isinstance(error, fake_tensor.UnsupportedOperatorException):
         name = unregistered[1] if unregistered else str(func).rsplit(".", 1)[0].replace(".", "::", 1)
         return TraceFailed(
-            f"the operator {name} (in {module or 'the model'}, at {where}) has no fake kernel, so its output's shape is "
-            f"unknown. Give it one: @torch.library.register_fake({name!r}) on a function that returns an empty tensor "
-            "of that shape."
+            f"the operator {name} (in {module or 'the model'}, at {where}) has no fake kernel, so the shape of its "
+            f"output is unknown. Give it one: @torch.library.register_fake({name!r}) on a function that returns an "
+            "empty tensor of that shape."
         )
     return None

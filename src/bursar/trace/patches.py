@@ -1,9 +1,9 @@
 """What is changed in torch while a trace runs, all of it here, all of it undone.
 
 On a torch without CUDA, ``"cuda"`` fails in some places before any dispatch could translate it, and some of torch's
-Python asks ``tensor.device.type`` and gets on with what it hears. So for the duration of a trace "cuda" is translated to
-the fake accelerator going in, and the fake accelerator answers "cuda" when asked from Python. C++ asks by another door
-(``prim.device``) and still hears the truth.
+Python asks ``tensor.device.type`` and gets on with what it hears. So for the duration of a trace "cuda" is translated
+to the fake accelerator going in, and the fake accelerator answers "cuda" when asked from Python. C++ asks by another
+door (``prim.device``) and still hears the truth.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _tensors(undo: Undo) -> None:
 
 
 def _modules(undo: Undo, replaced: Callable[[torch.nn.Module, str, Any], None]) -> None:
-    apply = torch.nn.Module._apply
+    apply: Callable[..., Any] = torch.nn.Module._apply
     moved: dict[int, tuple[Any, Any]] = {}  # a tied parameter is moved once; the real one is kept alive for its id
 
     def module_apply(self: Any, fn: Any, recurse: bool = True) -> Any:

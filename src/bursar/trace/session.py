@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import functools
+import logging
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -167,10 +167,10 @@ class Session:
         return run(*args, **kwargs)
 
     def _note_output(self, module: torch.nn.Module, name: str, out: Any) -> None:
-        if isinstance(out, torch.Tensor) and next(iter(module._parameters.values()), None) is not None:
-            if not module._modules:
-                self._layer_outputs[name] = out.numel() * out.element_size()
-                self._last_layer = name
+        has_parameters = any(p is not None for p in module._parameters.values())
+        if isinstance(out, torch.Tensor) and has_parameters and not module._modules:
+            self._layer_outputs[name] = out.numel() * out.element_size()
+            self._last_layer = name
 
     # ---- backward and optimizers
 
@@ -311,7 +311,8 @@ class Session:
 
         undo.set(torch.autograd, "backward", traced_backward)
         undo.set(torch.autograd, "grad", traced_grad)
-        engine = torch.autograd._engine_run_backward  # for who imported backward or grad before: both end here
+        # For who imported backward or grad before: both end here
+        engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
         def traced_engine(roots: Any, *args: Any, **kwargs: Any) -> Any:
             return self.backward(engine, roots, (roots, *args), kwargs, bool(args[2]))
