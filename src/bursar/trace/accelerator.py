@@ -118,9 +118,10 @@ class _Guard(backend_registration._DummyDeviceGuard):
     error is taken off and kept: whoever called the engine raises it (`dropped_error`).
     """
 
-    def type_(self) -> Any:
+    # Bound here, because looking an attribute up while an error is set may clear it (_PyType_Lookup)
+    def type_(self, raise_what_is_set: Any = ctypes.pythonapi.PyErr_Occurred) -> Any:
         try:
-            ctypes.pythonapi.PyErr_Occurred()  # ctypes raises what is set
+            raise_what_is_set()  # ctypes does so for every call
         except BaseException as error:
             _dropped.append(error)
         return _PRIVATE_USE
