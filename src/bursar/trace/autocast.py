@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 KEY = "AutocastPrivateUse1"
-_KEYSET = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+_KEYSET = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)  # type: ignore[attr-defined]
 _device_type = ""
 
 # AT_FORALL_LOWER_PRECISION_FP
@@ -47,7 +48,7 @@ def clear_cache() -> None:
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if isinstance(x, torch.Tensor):
+    if isinstance(x, FakeTensor):
         if not x.is_floating_point() or x.dtype in (dtype, torch.float64) or x.fake_device.type != _device_type:
             return x
         # A leaf weight is cast once per autocast block (cached_cast in autocast_mode.cpp).

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -111,7 +111,7 @@ def _fake_to_copy(x: Any, **kwargs: Any) -> Any:
 
 
 # Ops that torch's fake tensors do not know, or do wrongly, on this device
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "aten._to_copy": _fake_to_copy,
     "aten._fused_rms_norm": _fake_rms_norm,
     "aten._fused_rms_norm_backward": _fake_rms_norm_backward,
@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, mode: FakeTensorMode, device_type: str, tf32: frozenset[str] = frozenset()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.mode = mode
         self.device_type = device_type
         self.tf32 = tf32
@@ -147,7 +147,7 @@ class Recorder(TorchDispatchMode):
         self.depth = 0
         self.backward_at_depth = 0
         self._live: dict[int, tuple[Storage, Any]] = {}
-        self._stand_ins = WeakIdKeyDictionary()  # real tensor -> fake tensor
+        self._stand_ins: Any = WeakIdKeyDictionary()  # real tensor -> fake tensor
         self._infos: dict[Any, _OpInfo] = {}
         self._costs: dict[Any, _Priced] = {}
         self._entered: list[int] = [0]  # autograd sequence numbers at which the module changed, and to what
@@ -175,10 +175,8 @@ class Recorder(TorchDispatchMode):
         if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.device_type:
             return
         storage = self._storage(tensor)
-        if storage is not None:
-            storage.memory_class = memory_class
-            if name and not storage.name:
-                storage.name = name
+        storage.memory_class = memory_class
+        storage.name = storage.name or name
 
     def known(self, tensor: torch.Tensor) -> Storage | None:
         """The record of ``tensor``'s storage, if it is on this device and alive."""
@@ -287,28 +285,25 @@ class Recorder(TorchDispatchMode):
         allocated = 0
         for t in mine:
             allocated += self._allocate(t, row_number, phase, module, info)
-        if info.free:
-            if not allocated:
-                return
-            dtype = dtype_name(mine[0].dtype)
-            kind, work, shapes, dtypes = "copy", _NOTHING, (tuple(mine[0].shape),), (dtype,)
-        else:
-            frozen = tuple(key)
-            try:
-                found = self._costs.get(frozen)
-            except TypeError:  # an argument that does not hash: price it afresh
-                found, frozen = None, ()
-            if found is None:
-                found = self._cost(info, args, kwargs, outs)
-                if frozen:
-                    self._costs[frozen] = found
-            kind, work, dtype, shapes, dtypes = found
-            if phase == "optimizer" and kind not in _KEEP_KIND:
-                kind = "optimizer"
+        if info.free and not allocated:
+            return
+        kind, work, dtype, shapes, dtypes = self._priced(tuple(key), info, args, kwargs, outs)
+        if phase == "optimizer" and kind not in _KEEP_KIND:
+            kind = "optimizer"
         reads_weight = kind in rules.MODEL_KINDS and self._reads_weight(args)
         if info.name == "aten._to_copy" and mine and self._reads_weight(args):
             self._live[mine[0].untyped_storage()._cdata][0].weight_copy = True
         self.rows.append(Row(phase, kind, info.name, module, dtype, shapes, dtypes, work, allocated, reads_weight))
+
+    def _priced(self, key: tuple[Any, ...], info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> _Priced:
+        """The cost of a call, looked up: a model calls few ops with many arguments."""
+        try:
+            found = self._costs.get(key)
+        except TypeError:  # an argument that does not hash: price it afresh
+            return self._cost(info, args, kwargs, outs)
+        if found is None:
+            found = self._costs[key] = self._cost(info, args, kwargs, outs)
+        return found
 
     def _reads_weight(self, args: Any) -> bool:
         for a in args:
@@ -342,10 +337,10 @@ class Recorder(TorchDispatchMode):
             info.name, ordered, tuple(self._describe(t, {}) for t in outs), info.tags, info.writes, info.returns_new
         )
         dtype = next((t.dtype for t in op.inputs if t.is_float), None) or next((t.dtype for t in op.written), "none")
-        priced = rules.cost(op)
-        if priced is None:
-            priced = "uncounted", op.moving()
-        kind, work = priced
+        if info.free:
+            kind, work = "copy", _NOTHING
+        else:
+            kind, work = rules.cost(op) or ("uncounted", op.moving())
         if dtype == "fp32" and kind in self.tf32:
             dtype = "tf32"
         tensors = (*op.inputs, *op.outputs)
@@ -402,7 +397,7 @@ class Recorder(TorchDispatchMode):
         record.made_outside = not self.depth and phase == "forward" and info.makes_inputs
         return record.n_bytes
 
-    def _storage(self, tensor: torch.Tensor) -> Storage | None:
+    def _storage(self, tensor: torch.Tensor) -> Storage:
         storage = tensor.untyped_storage()
         address = storage._cdata
         found = self._live.get(address)
