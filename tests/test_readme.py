@@ -31,7 +31,10 @@ from unittest import mock
 
 import pytest
 
+from bursar.architecture import preset
 from bursar.cli import main
+from bursar.roofline import RESERVE_BYTES
+from bursar.units import format_bytes
 
 ROOT = Path(__file__).parent.parent
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
@@ -205,6 +208,19 @@ def test_what_stands_in_bold_in_the_table_is_what_the_command_beside_it_prints(p
     for command, right in rows:
         printed = " ".join(run("console", f"bursar {command}")) if "**" in right else ""
         assert [shown for shown in re.findall(r"\*\*(.*?)\*\*", right) if shown not in printed] == []
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda p: p.name)
+def test_a_figure_in_the_prose_is_printed_by_a_block_or_worked_out_here(path: Path):
+    text = path.read_text(encoding="utf-8")
+    printed = "".join(b.text for b in blocks(text)).replace(" ", "")
+    worked_out = {
+        format_bytes(8 * preset("llama3-70b").parameters()): "bf16 parameters, gradients and two states: 4 · 2 bytes",
+        "1 GB": f"{RESERVE_BYTES} bytes",
+    }
+    figures = re.findall(r"\d[\d.]* (?:TB|GB|%)", FENCE.sub("", text))
+    assert len(figures) >= 4
+    assert [f for f in figures if f not in worked_out and f.replace(" ", "") not in printed] == []
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda p: p.name)
