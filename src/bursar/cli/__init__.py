@@ -20,8 +20,10 @@ app = App(
     name="bursar",
     help="The accountant of deep-learning training: what a step and a whole run cost, before you have a GPU.",
     version=__version__,
-    config=(Env("BURSAR_"), Toml("bursar.toml", search_parents=True, allow_unknown=True)),
+    config=(Env("BURSAR_", show=False), Toml("bursar.toml", search_parents=True, allow_unknown=True)),
     help_format="plaintext",
+    help_epilogue='Every flag may stand in bursar.toml ([step] precision = "bf16") or in the environment '
+    "(BURSAR_STEP_PRECISION=bf16).",
 )
 COMMANDS = {
     "step": "One training step of a model: FLOPs, bytes, memory, and on a device seconds and MFU.",
