@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bursar import memory
 from bursar.errors import BadInput
@@ -259,14 +259,42 @@ class Ledger:
         return forecast(self, cluster(name))
 
 
-def module_totals(rows: Iterable[Row], depth: int) -> dict[str, dict[str, Any]]:
-    """FLOPs and bytes by module path cut after ``depth`` names, without polars; for tables on the terminal."""
-    found: dict[str, dict[str, Any]] = {}
+class Part(NamedTuple):
+    """A block of the model, or several alike: each one's FLOPs (forward, backward, recompute) and bytes moved."""
+
+    module: str
+    copies: int
+    flops: int
+    bytes: int
+
+
+def outline(path: str) -> str:
+    """The block a module stands in: its path up to the first number, or two names.
+
+    >>> outline("model.layers.7.mlp.up"), outline("head.dense.weight")
+    ('model.layers.7', 'head.dense')
+    """
+    names = path.split(".")
+    at = next((i + 1 for i, name in enumerate(names) if name.isdecimal()), 2)
+    return ".".join(names[:at])
+
+
+def parts(rows: Iterable[Row]) -> list[Part]:
+    """What each block costs, in order of forward; neighbours that differ in their number alone are folded."""
+    totals: dict[str, list[int]] = {}
     for row in rows:
-        path = ".".join(row.module.split(".")[:depth]) if row.module else ""
-        entry = found.setdefault(path, {"forward": 0, "backward": 0, "recompute": 0, "optimizer": 0, "bytes": 0})
-        if row.kind in MODEL_KINDS:
-            entry[row.phase] += row.work.flops
-            entry["recompute"] += row.work.recompute_flops
-        entry["bytes"] += row.work.read_bytes + row.work.written_bytes
+        entry = totals.setdefault("optimizer step" if row.phase == "optimizer" else outline(row.module), [0, 0])
+        if row.kind in MODEL_KINDS and row.phase != "optimizer":
+            entry[0] += row.work.flops + row.work.recompute_flops
+        entry[1] += row.work.read_bytes + row.work.written_bytes
+    found: list[Part] = []
+    for path, (flops, n_bytes) in totals.items():
+        stem, _, number = path.rpartition(".")
+        last = found[-1] if found else None
+        if last is not None and number.isdecimal() and last[2:] == (flops, n_bytes):
+            last_stem, _, span = last.module.rpartition(".")
+            if last_stem == stem and span.split("–")[-1].isdecimal():
+                found[-1] = Part(f"{stem}.{span.split('–')[0]}–{number}", last.copies + 1, flops, n_bytes)
+                continue
+        found.append(Part(path, 1, flops, n_bytes))
     return found

@@ -135,6 +135,8 @@ def solve(
     >>> solve(parameters="70B", tokens="15T", on="1024xh100-sxm", mfu=0.5).days  # doctest: +ELLIPSIS
     143.94...
     """
+    for name, value in (("parameters", parameters), ("tokens", tokens), ("steps", steps)):
+        _count(name, value)  # a figure that cannot be read is the first thing to say
     notes: list[str] = []
     device, counted = _device(on)
     n = _count("gpus", gpus)
@@ -277,7 +279,7 @@ def _peak(device: Accelerator | None, given: float | None, dtype: str, notes: li
     if given is not None:
         return _positive("peak_flops_per_s", given)
     if device is None:
-        raise BadInput("no peak: name an accelerator, such as on='h100-sxm', or give peak_flops_per_s")
+        raise BadInput("no peak: name an accelerator, such as h100-sxm (--on h100-sxm, on='h100-sxm')")
     peak = device.peak(dtype)
     notes.append(f"peak of {device.name}: {format_rate(peak, 'FLOP')} in {dtype}, dense")
     return peak

@@ -61,17 +61,3 @@ def need_torch(why: str) -> None:
 
     if importlib.util.find_spec("torch") is None:
         raise MissingExtra("torch", why)
-
-
-def read_json(path: Any) -> Any:
-    """The object in a JSON file. Raises BadInput for a file that is missing, too large or no JSON."""
-    from bursar.errors import BadInput
-
-    try:
-        if path.stat().st_size > 10**7:
-            raise BadInput(f"{path} is {path.stat().st_size} bytes; a config.json has a few thousand")
-        return msgspec.json.decode(path.read_bytes())
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadInput(f"{path} is no JSON: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -40,7 +39,7 @@ def run(
     Parameters
     ----------
     model:
-        a preset or a Hugging Face config.json, for its number of parameters
+        a preset, a Hugging Face config.json, file.py:callable or package.module:callable: for its parameters
     params:
         parameters that one token passes through: 70B
     flops:
@@ -97,13 +96,15 @@ def run(
 
 
 def _parameters(model: str) -> int:
+    """Parameters of a preset by its shape; of anything else by making it, without memory, as `step` would."""
     from bursar import architecture
 
-    path = Path(model)
-    if path.suffix == ".json" or (path.is_dir() and (path / "config.json").is_file()):
-        path = path if path.suffix == ".json" else path / "config.json"
-        return architecture.from_hf_config(common.read_json(path), path.parent.name).parameters()
-    return architecture.preset(model).parameters()
+    if model.split(":")[0] in architecture.known_models():
+        return architecture.preset(model).parameters()
+    common.need_torch(f"the parameters of {model} are counted on the model itself")
+    from bursar.workload.resolve import parameters, resolve
+
+    return parameters(resolve(model))
 
 
 def _dollars(text: str) -> float:

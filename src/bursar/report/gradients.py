@@ -88,4 +88,4 @@ def _shapes(row: Row) -> str:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return "(" + ", ".join(str(n) for n in shape) + ")"
+    return "×".join(str(n) for n in shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bursar.report.text import line, table
+from bursar.report.text import line, note, table
 from bursar.run import Run
 from bursar.units import format_count, format_rate, format_seconds, format_share, format_usd
 
@@ -27,10 +27,10 @@ def render(run: Run, *, explain: bool = False) -> Iterator[Any]:
     yield table("The run", ("", "", ""), marked)
     if explain:
         yield line("Where the figures come from", style="bold")
-        yield line(
-            f"  time = FLOPs / (n · peak · MFU) = {run.flops:.4g} / ({run.gpus} · "
+        yield note(
+            f"time = FLOPs / (n · peak · MFU) = {run.flops:.4g} / ({run.gpus} · "
             f"{format_rate(run.peak_flops_per_s, 'FLOP')} · {run.mfu:.4g}) = {run.seconds:.4g} s"
         )
     yield line("Assumptions", style="bold")
-    for note in run.assumptions:
-        yield line(f"  {note}")
+    for text in run.assumptions:
+        yield note(text)

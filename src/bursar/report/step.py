@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bursar.ledger import Ledger, module_totals
+from bursar.ledger import Ledger, Part, parts
 from bursar.memory import CLASSES
 from bursar.report.gradients import layers
-from bursar.report.text import line, table
+from bursar.report.text import line, note, table
 from bursar.roofline import Forecast
 from bursar.units import format_bytes, format_count, format_flops, format_rate, format_seconds, format_share
 
+_MODULES_SHOWN = 12
 _SMALL = 10**5  # below this a count is printed whole: the notes' examples are to be recognised
 
 
@@ -47,7 +48,7 @@ def render(
     yield from _memory(ledger)
     if forecast is not None:
         yield from _time(forecast, explain)
-    yield from _modules(ledger, forecast)
+    yield from _modules(ledger)
     if flops.uncounted:
         yield table(
             "Uncounted: ops without a rule; their FLOPs are unknown, so totals say at least",
@@ -57,10 +58,10 @@ def render(
     if explain:
         yield from _explain(ledger, forecast)
     yield line("Assumptions", style="bold")
-    for note in (*ledger.assumptions, *(forecast.assumptions if forecast else ())):
-        yield line(f"  {note}")
+    for text in (*ledger.assumptions, *(forecast.assumptions if forecast else ())):
+        yield note(text)
     if forecast is None and on != "cpu":
-        yield line("  no --on, so no time: the ops are a GPU's; try --on h100-sxm (bursar hardware lists them)")
+        yield note("no --on, so no time: the ops are a GPU's; try --on h100-sxm (bursar hardware lists them)")
 
 
 def gradients_table(ledger: Ledger) -> Any:
@@ -112,18 +113,19 @@ def _memory(ledger: Ledger) -> Iterator[Any]:
     row = ledger.rows[memory.peak_row] if ledger.rows else None
     if row is not None:
         where = f" in {row.module}" if row.module else ""
-        yield line(f"  The peak stands in {row.phase}, at {row.op}{where}; the largest there:")
+        yield note(f"The peak stands in {row.phase}, at {row.op}{where}; the largest there:")
         for held in memory.holdings[:3]:
             yield line(f"    {_bytes(held.n_bytes)}  {held.memory_class.replace('_', ' ')}  {held.module or held.op}")
     if ledger.device == "gpu":
-        yield line(f"  The caching allocator would hold {_bytes(memory.reserved_bytes)}.")
-    parts = (("parameters", book.parameters), ("layer outputs", book.activations), ("gradients", book.gradients),
+        yield note(f"The caching allocator would hold {_bytes(memory.reserved_bytes)}.")
+    static = (("parameters", book.parameters), ("layer outputs", book.activations), ("gradients", book.gradients),
              ("optimizer state", book.optimizer_state))  # fmt: skip
+    yield line("")
     yield table(
         "The notes' static sum (all four at once, which no instant of a real step shows)",
         ("", "bytes", "elements", "share"),
         [
-            *((name, _bytes(n), _elements(ledger, n), format_share(n / max(1, book.total), 2)) for name, n in parts),
+            *((name, _bytes(n), _elements(ledger, n), format_share(n / max(1, book.total), 2)) for name, n in static),
             ("total", _bytes(book.total), _elements(ledger, book.total), ""),
         ],
     )
@@ -134,6 +136,8 @@ def _time(forecast: Forecast, explain: bool) -> Iterator[Any]:
     known = forecast.bound_by
     binds = max(("compute", "memory", "network"), key=lambda k: known[k])
     answer = "fits" if forecast.fits else "does not fit"
+    room = f"{format_bytes(forecast.peak_bytes)} of {format_bytes(forecast.usable_bytes)} usable"
+    room += " each" if cluster.count > 1 else ""
     interval = f"{format_seconds(forecast.lower_seconds)} … {format_seconds(forecast.upper_seconds)}"
     utilisation = f"full-square {format_share(forecast.mfu_full_square)}, HFU {format_share(forecast.hfu)}"
     yield table(
@@ -144,54 +148,58 @@ def _time(forecast: Forecast, explain: bool) -> Iterator[Any]:
             ("roofline bound", format_seconds(forecast.roofline_seconds), f"mostly {binds}"),
             ("MFU", format_share(forecast.mfu), utilisation),
             *((f"bound by {k}", format_seconds(v), format_share(v / forecast.seconds)) for k, v in known.items() if v),
-            ("memory", answer, f"{format_bytes(forecast.peak_bytes)} of {format_bytes(forecast.usable_bytes)} usable"),
+            ("memory", answer, room),
         ],
     )  # fmt: skip
     for c in forecast.collectives:
-        yield line(f"  {c.op} over {c.ranks} ranks: {format_bytes(c.bytes)} sent per rank in {_times(c.calls, 'call')}")
+        yield note(f"{c.op} over {c.ranks} ranks: {format_bytes(c.bytes)} sent per rank in {_times(c.calls, 'call')}")
+    if forecast.collectives:
+        yield line("")
 
 
-def _modules(ledger: Ledger, forecast: Forecast | None) -> Iterator[Any]:
-    totals = module_totals(ledger.recorded, depth=2)
-    rows = []
-    for path, t in totals.items():
-        done = t["forward"] + t["backward"] + t["recompute"]
-        rows.append((path or "(outside modules)", done, t["bytes"]))
-    rows.sort(key=lambda r: (-r[1], -r[2]))  # stable: equals stay in the order of forward
-    shown = rows[:12]
-    total = sum(r[1] for r in rows) or 1
-    body = [(p, _flops(f), format_share(f / total), _bytes(b)) for p, f, b in shown]
-    rest = rows[len(shown) :]
+def _modules(ledger: Ledger) -> Iterator[Any]:
+    found = sorted(parts(ledger.recorded), key=lambda p: (-p.copies * p.flops, -p.copies * p.bytes))  # stable
+    flops, moved = sum(p.copies * p.flops for p in found), sum(p.copies * p.bytes for p in found)
+    shown, rest = found[:_MODULES_SHOWN], found[_MODULES_SHOWN:]
     if rest:
-        f, b = sum(r[1] for r in rest), sum(r[2] for r in rest)
-        body.append((f"{len(rest)} more", _flops(f), format_share(f / total), _bytes(b)))
-    body.append(("total", _flops(sum(r[1] for r in rows)), "", _bytes(sum(r[2] for r in rows))))
-    yield table("By module (forward, backward, recompute)", ("module", "FLOPs", "share", "bytes moved"), body)
+        shown.append(
+            Part(f"{len(rest)} more", 1, sum(p.copies * p.flops for p in rest), sum(p.copies * p.bytes for p in rest))
+        )
+    body = [
+        (
+            (p.module or "(outside modules)") + (f"  {p.copies} alike, each" if p.copies > 1 else ""),
+            _flops(p.flops),
+            format_share(p.copies * p.flops / max(1, flops)) + (" together" if p.copies > 1 else ""),
+            _bytes(p.bytes),
+        )
+        for p in shown
+    ]
+    body.append(("total", _flops(flops), "", _bytes(moved)))
+    whose = ", one rank's share" if ledger.replicas > 1 else ""
+    yield table(f"By module (forward, backward, recompute{whose})", ("module", "FLOPs", "share", "bytes moved"), body)
 
 
 def _explain(ledger: Ledger, forecast: Forecast | None) -> Iterator[Any]:
     flops = ledger.flops
     yield line("Where the figures come from", style="bold")
-    yield line(f"  model FLOPs = Σ over the {len(ledger)} ops: matmul, attention, conv, forward and backward (counted)")
-    yield line(
-        f"  6PT = 6 × {ledger.model.active_parameters} parameters × {ledger.step.tokens} tokens "
+    yield note(f"model FLOPs = Σ over the {len(ledger)} ops: matmul, attention, conv, forward and backward (counted)")
+    yield note(
+        f"6PT = 6 × {ledger.model.active_parameters} parameters × {ledger.step.tokens} tokens "
         "(rule of thumb; Kaplan et al. 2020, section 2.1)"
     )
-    yield line(f"  memory = live bytes of {len(ledger.storages)} storages, from allocation to last reference (counted)")
+    yield note(f"memory = live bytes of {len(ledger.storages)} storages, from allocation to last reference (counted)")
     if forecast is None:
         return
     device = forecast.cluster.accelerator
     for dtype in flops.by_dtype:
         if dtype in device.peak_flops_per_s:
-            yield line(
-                f"  peak {dtype} = {format_rate(device.peak_flops_per_s[dtype], 'FLOP')} dense: "
+            yield note(
+                f"peak {dtype} = {format_rate(device.peak_flops_per_s[dtype], 'FLOP')} dense: "
                 f"{device.sources.get('peak_flops_per_s', '')}"
             )
     bandwidth, source = device.memory_bytes_per_s, device.sources.get("memory_bytes_per_s", "")
-    yield line(f"  bandwidth = {format_rate(bandwidth, 'B')}: {source}")
-    yield line(
-        "  roofline = Σ over ops of max(FLOPs / peak, bytes / bandwidth); MFU = Σ FLOPs / peak ÷ expected seconds"
-    )
+    yield note(f"bandwidth = {format_rate(bandwidth, 'B')}: {source}")
+    yield note("roofline = Σ over ops of max(FLOPs / peak, bytes / bandwidth); MFU = Σ FLOPs / peak ÷ expected seconds")
 
 
 def _flops(n: int) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -44,6 +45,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], lef
 def line(text: str, style: str = "") -> Text:
     """One line of plain text."""
     return Text(_printable(text), style=style)
+
+
+def note(text: str) -> Padding:
+    """A remark under a heading or a table: indented, also where it wraps."""
+    return Padding(line(text), (0, 0, 0, 2))
 
 
 def _printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import logging
@@ -40,6 +41,7 @@ class Session:
         self.checkpointed: frozenset[int] = frozenset()  # ids of modules whose forward runs under a checkpoint
         self.steps: list[tuple[int, int, int]] = []  # (optimizer, row, event) at the end of each optimizer.step
         self._calls: list[tuple[int, int, int]] = []  # (row, samples, tokens) of each outermost forward
+        self._backwards: list[int] = []  # the row at the end of each outermost backward
         self._first: tuple[int, int] | None = None
         self._last_layer = ""
         self.partial = False
@@ -204,6 +206,7 @@ class Session:
             recorder.backward_depth -= 1
             if not recorder.backward_depth:
                 recorder.after_backward = True
+                self._backwards.append(len(recorder.rows))
                 for parameter in (*self._parameters.values(), *self._leaves):
                     grad = parameter.grad if parameter.is_leaf else None
                     if grad is not None:
@@ -365,6 +368,17 @@ class Session:
             event += 1
         return row, event
 
+    def _micro_batches(self, first_row: int) -> list[tuple[int, int]]:
+        """(samples, tokens) of each micro-batch: the first outermost call before each backward; all, without any."""
+        calls = [call for call in self._calls if call[0] >= first_row]
+        ends = [row for row in self._backwards if row >= first_row]
+        if ends:
+            first: dict[int, tuple[int, int, int]] = {}
+            for call in calls:
+                first.setdefault(bisect.bisect_right(ends, call[0]), call)
+            calls = [call for end, call in first.items() if end < len(ends)]
+        return [(samples, tokens) for _, samples, tokens in calls]
+
     def _write(self) -> Ledger:
         recorder = self.recorder
         for storage in recorder.storages:
@@ -375,7 +389,7 @@ class Session:
                 f"{recorder.elsewhere} calls of ops inside modules ran on {where} and are not counted"
             )
         first_row, first_event = self._window()
-        calls = [(samples, tokens) for row, samples, tokens in self._calls if row >= first_row]
+        calls = self._micro_batches(first_row)
         sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in self._parameters.values()]
         states = sum(
             value.numel() * value.element_size()

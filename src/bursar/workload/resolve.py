@@ -76,6 +76,13 @@ def _preset(model: str, batch_size: int | None, seq_len: int | None) -> Workload
     return Workload(preset.name, make, preset.loss, samples, samples * (sequence or 1), preset.default_optimizer)
 
 
+def parameters(work: Workload) -> int:
+    """How many parameters the workload's model has, a shared one counted once; made on the meta device."""
+    with torch.device("meta"):
+        module, _ = work.make()
+    return sum(p.numel() for p in module.parameters())
+
+
 # ---- a user's own
 
 
