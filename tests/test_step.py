@@ -602,3 +602,15 @@ def test_without_torch_a_step_says_how_to_get_it(capsys, monkeypatch):
     code, _, err = ask(capsys, "step", "gpt2")
     assert code == 3
     assert "pip install 'bursar[torch]'" in err
+
+
+def test_blocks_alike_are_folded_and_nothing_is_lost():
+    from bursar.ledger import parts
+
+    ledger = bursar.step("gpt2:L=5,d=64,h=4,V=128", batch_size=2, seq_len=32)
+    found = parts(ledger.recorded)
+    blocks = next(part for part in found if part.module == "h.0–4")
+    assert blocks.copies == 5
+    assert sum(part.copies * part.flops for part in found) == ledger.flops.hardware
+    assert sum(part.copies * part.bytes for part in found) == sum(ledger.bytes_moved.values())
+    assert sum(r.module.startswith("h.0") for r in ledger.recorded) > 0

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from bursar.errors import BadInput, BursarError, DataDependent, TraceFailed, UnknownName
-from bursar.ledger import module_totals
+from bursar.ledger import parts
 from bursar.rules import KINDS, MODEL_KINDS, PHASES
 from bursar.trace import Session, patches, tracing
 
@@ -281,8 +281,9 @@ def test_kinds_dtypes_phases_and_modules_each_add_up_to_the_total(on, recompute)
     assert set(ledger.by("kind")["kind"]) <= set(KINDS)
     counted = sum(flops.by_kind[k] for k in MODEL_KINDS)
     assert flops.forward + flops.backward + flops.recompute == counted == flops.hardware
-    tops = module_totals(ledger.recorded, depth=1)
-    assert sum(t["forward"] for t in tops.values()) == flops.forward
+    blocks = parts(ledger.recorded)
+    assert sum(part.copies * part.flops for part in blocks) == flops.hardware
+    assert sum(part.copies * part.bytes for part in blocks) == sum(ledger.bytes_moved.values())
     assert ledger.by("module", depth=1).filter(module="blocks")["calls"].sum() > 10
 
 
