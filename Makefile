@@ -40,6 +40,7 @@ floors: $(STAMP)  ## a module imports from lower floors only; torch stays on the
 	$(BIN)/python -m pytest tests/test_floors.py
 
 bench: $(STAMP)  ## print the benchmark tables
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/trace.py
 
 clean:  ## remove the environment and the caches
