@@ -35,7 +35,8 @@ WRITE_ONLY = frozenset(
       "aten.split_with_sizes_copy", "aten.slice_scatter", "aten.select_scatter",
       "aten.tril", "aten.triu", "aten.reflection_pad2d", "aten.replication_pad2d", "aten.pixel_shuffle",
       "aten.nonzero", "aten.masked_select", "aten.tril_indices", "aten.triu_indices", "aten.as_strided_scatter",
-      "aten.copy", "aten.im2col", "aten.col2im", "aten.upsample_nearest2d", kind="copy")  # fmt: skip
+      "aten.copy", "aten.pixel_unshuffle", "aten.rot90", "aten._unsafe_index",
+      "aten.im2col", "aten.col2im", "aten.upsample_nearest2d", kind="copy")  # fmt: skip
 def move(op: Op) -> Work:
     """Each input read once, each output written once."""
     return op.moving()

@@ -30,9 +30,16 @@ def lerp(op: Op) -> Work:
     return pointwise(op, 3)
 
 
-@rule("aten.mish_backward", kind="elementwise")
-def mish_backward(op: Op) -> Work:
-    """Pointwise, though torch does not tag it so."""
+UNTAGGED = ("mish_backward elu_backward hardswish hardswish_ hardswish_backward _prelu_kernel _prelu_kernel_backward "
+            "leaky_relu_backward hardtanh_backward hardsigmoid_backward softplus_backward softshrink_backward "
+            "hardshrink_backward log_sigmoid_forward log_sigmoid_backward glu glu_backward rrelu_with_noise "
+            "huber_loss_backward smooth_l1_loss_backward binary_cross_entropy_backward polar "
+            "complex").split()  # fmt: skip
+
+
+@rule(*(f"aten.{name}" for name in UNTAGGED), kind="elementwise")
+def untagged(op: Op) -> Work:
+    """Pointwise, though torch (2.13) does not tag them so."""
     return pointwise(op)
 
 

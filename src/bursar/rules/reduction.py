@@ -19,6 +19,25 @@ def plain(op: Op) -> Work:
     return reduce(op)
 
 
+@rule("aten.huber_loss", "aten.smooth_l1_loss", "aten.binary_cross_entropy", "aten.binary_cross_entropy_with_logits",
+      "aten.soft_margin_loss", kind="reduction")  # fmt: skip
+def loss(op: Op) -> Work:
+    """Subtract (or take the logarithm), shape, add: 3 per element."""
+    return reduce(op, 3)
+
+
+@rule("aten._weight_norm_interface", kind="reduction")
+def weight_norm(op: Op) -> Work:
+    """Square and add 2, then v·g/|v| 1: 3 per element."""
+    return reduce(op, 3)
+
+
+@rule("aten._weight_norm_interface_backward", kind="reduction")
+def weight_norm_backward(op: Op) -> Work:
+    """The product's sum 2, and dv 3: 5 per element."""
+    return reduce(op, 5)
+
+
 @rule("aten.linalg_vector_norm", "aten.norm", kind="reduction")
 def norm(op: Op) -> Work:
     """Square and add: 2 per element."""
