@@ -109,6 +109,18 @@ class Transformer:
         """Number of trainable parameters, a tied table counted once."""
         return sum(self.parameter_groups().values())
 
+    def published_activation_bytes(self, batch: int, seq_len: int) -> tuple[int, int]:
+        """Bytes one layer keeps for backward: 34·s·b·h without attention's scores, and the 5·a·s²·b that they add.
+
+        For a GPT block in 16 bits with dropout and stored scores: d_ff = 4d, nothing sharded, nothing recomputed. The
+        paper counts neither norms' statistics nor the causal mask. Source: Korthikanti et al. 2022 (arXiv:2205.05198),
+        section 4.1, equation 1.
+
+        >>> [preset("gpt3-175b").published_activation_bytes(1, T)[1] for T in (2048, 4096)]
+        [2013265920, 8053063680]
+        """
+        return 34 * seq_len * batch * self.d_model, 5 * self.n_heads * seq_len**2 * batch
+
 
 @dataclass(frozen=True, slots=True)
 class Network:

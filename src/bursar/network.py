@@ -66,3 +66,21 @@ def rounds(strategy: str, micro_batches: int, deferred: bool) -> dict[str, int]:
         "ddp": {"all_reduce": synchronised},
         "fsdp": {"all_gather": 2 * micro_batches, "reduce_scatter": synchronised},
     }[strategy]
+
+
+def zero_bytes(
+    stage: int, ranks: int, *, parameters: float = 2, gradients: float = 2, optimizer_state: float = 12
+) -> float:
+    """Model states of one rank under ZeRO, from those of an unsharded model: its three parts in any one unit.
+
+    Stage 1 shards the optimizer state, 2 the gradients too, 3 (FSDP) the parameters too; stage 0 is data parallel. The
+    defaults are bytes per parameter of mixed-precision Adam, whose fp32 master weights count as optimizer state.
+    Source: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5. Raises ValueError for a stage other than 0 to 3.
+
+    >>> zero_bytes(0, 64), zero_bytes(1, 64), zero_bytes(2, 64), zero_bytes(3, 64)
+    (16.0, 4.1875, 2.21875, 0.25)
+    """
+    if stage not in range(4):
+        raise ValueError(f"ZeRO has stages 0 to 3, not {stage}")
+    shards = [ranks if stage >= first else 1 for first in (3, 2, 1)]
+    return sum(part / n for part, n in zip((parameters, gradients, optimizer_state), shards, strict=True))

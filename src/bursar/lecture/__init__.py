@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, TypeVar
 
-from bursar.errors import BadInput
+from bursar.errors import BadInput, MissingExtra
 from bursar.report.lecture import Line
 
 __all__ = [
@@ -165,11 +165,14 @@ def forget() -> None:
 
 
 def evaluate(row: Claim) -> Line:
-    """One claim with what bursar makes of it; without a computed value where its execution comes later."""
+    """One claim with what bursar makes of it; without a computed value where no code settles it or an extra lacks."""
     importlib.import_module(f"bursar.lecture.chapter{row.chapter}")
     said = (row.id, row.claim, row.notes, row.correct)
     function = _FUNCTIONS.get(row.id)
     if function is None:
         return Line(*said, verdict=row.verdict or None, reason=row.reason)
-    found = function(row)
+    try:
+        found = function(row)
+    except MissingExtra as error:
+        return Line(*said, reason=f"needs the extra {error.extra}")
     return Line(*said, found.computed, found.verdict, tuple(found.holds.items()), tuple(found.follows.items()))

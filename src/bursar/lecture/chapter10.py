@@ -1,4 +1,4 @@
-"""Chapter 10 of the notes: optimizers, memory and the Transformer's totals. Claims without a function come later.
+"""Chapter 10 of the notes: optimizers, memory and the Transformer's totals.
 
 B batch   D width   L layers   T sequence   P parameters   A activations   G gradients   O optimizer state
 """
@@ -7,17 +7,31 @@ B batch   D width   L layers   T sequence   P parameters   A activations   G gra
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from bursar import architecture
+from bursar.errors import MissingExtra
 from bursar.hardware import accelerator
-from bursar.lecture import Claim, Finding, claim, close
+from bursar.lecture import Claim, Finding, claim, close, shared
 from bursar.lecture.traces import product_share, step, traced, whole, zeros
 from bursar.ledger import Ledger
 from bursar.memory import Textbook
-from bursar.network import all_gather_bytes, all_reduce_bytes, rounds
+from bursar.network import all_gather_bytes, all_reduce_bytes, rounds, zero_bytes
 from bursar.run import solve
 from bursar.units import format_bytes, format_count, format_flops, format_rate, format_share
+from bursar.workload.modules.small import Cruncher
+from bursar.workload.step import step as trace_step
 
 H100 = "h100-sxm"
 FP32_BYTES = 4
@@ -206,6 +220,304 @@ def checkpointing(notes: Claim) -> Finding:
         f"rise by {format_share(more)}",
         {"less memory": kept[1] < kept[0], "more work": more > 0},
         numbers=(*kept, more),
+    )
+
+
+# ---- what optimizers do
+
+
+def _follow(
+    make: Callable[[list[torch.Tensor]], torch.optim.Optimizer], gradients: Sequence[float]
+) -> tuple[list[float], set[str]]:
+    """A parameter's values from 0 on, a gradient at a time, and the names of what the optimizer keeps for it."""
+    p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = make([p])
+    values = []
+    for g in gradients:
+        p.grad = torch.full_like(p, g)
+        optimizer.step()
+        values.append(p.item())
+    return values, {name for name, kept in optimizer.state[p].items() if kept is not None and name != "step"}
+
+
+LR, EPSILON, DECAY = 0.01, 1e-8, 0.9
+GRADIENTS = (0.5, -0.2, 0.8, 0.1)
+
+
+def _by_hand(rule: str) -> list[float]:
+    """The same values by the rule as written: `first` is the average of gradients, `second` of their squares."""
+    p = first = second = 0.0
+    values = []
+    for t, g in enumerate(GRADIENTS, 1):
+        if rule == "SGD":
+            p -= LR * g
+        elif rule == "Momentum":
+            first = DECAY * first + g
+            p -= LR * first
+        elif rule == "AdaGrad":
+            second += g * g
+            p -= LR * g / (math.sqrt(second) + EPSILON)
+        elif rule == "RMSProp":
+            second = DECAY * second + (1 - DECAY) * g * g
+            p -= LR * g / (math.sqrt(second) + EPSILON)
+        else:
+            first = DECAY * first + (1 - DECAY) * g
+            second = DECAY * second + (1 - DECAY) * g * g
+            mean, square = first / (1 - DECAY**t), second / (1 - DECAY**t)
+            p -= LR * mean / (math.sqrt(square) + EPSILON)
+        values.append(p)
+    return values
+
+
+@claim("10.1")
+def family(notes: Claim) -> Finding:
+    kinds: dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimizer]] = {
+        "SGD": lambda p: torch.optim.SGD(p, LR),
+        "Momentum": lambda p: torch.optim.SGD(p, LR, momentum=DECAY),
+        "AdaGrad": lambda p: torch.optim.Adagrad(p, LR, eps=EPSILON),
+        "RMSProp": lambda p: torch.optim.RMSprop(p, LR, alpha=DECAY, eps=EPSILON),
+        "Adam": lambda p: torch.optim.Adam(p, LR, betas=(DECAY, DECAY), eps=EPSILON),
+    }
+    found = {name: _follow(make, GRADIENTS) for name, make in kinds.items()}
+    agree = {
+        name: all(close(a, b, 1e-9) for a, b in zip(values, _by_hand(name), strict=True))
+        for name, (values, _) in found.items()
+    }
+    kept = {name: names for name, (_, names) in found.items()}
+    sums_gradients = {"momentum_buffer", "exp_avg"}
+    return Finding(
+        "kept per parameter: " + ", ".join(f"{name} {' and '.join(sorted(k)) or 'nothing'}" for name, k in kept.items())
+        + f"; {sum(agree.values())} of {len(agree)} do to {len(GRADIENTS)} gradients what their rule says",
+        {f"{name}'s rule": ok for name, ok in agree.items()},
+        {"AdaGrad builds on momentum": bool(kept["AdaGrad"] & sums_gradients)},
+        numbers=tuple(values[-1] for values, _ in found.values()),
+    )  # fmt: skip
+
+
+@claim("10.2")
+def adagrad_update(notes: Claim) -> Finding:
+    g, lr, epsilon = (notes.given[name] for name in ("gradient", "lr", "epsilon"))
+    by_notes = lr * g / (math.sqrt(g * g) + epsilon)
+    by_torch = -_follow(lambda p: torch.optim.Adagrad(p, lr, eps=epsilon), [g])[0][0]
+    by_course = lr * g / math.sqrt(g * g + epsilon)
+    default = -_follow(lambda p: torch.optim.Adagrad(p, lr), [g])[0][0]
+    return Finding(
+        f"first step at g = {g:g}, ε = {epsilon:g}: by the notes {by_notes:.6f}, torch {by_torch:.6f} "
+        f"({default:.6f} with its own ε), the course's code, ε under the root, {by_course:.6f}",
+        {
+            "torch.optim.Adagrad": close(by_torch, by_notes, 1e-12),
+            "the course's code": close(by_course, by_notes, 1e-12),
+        },
+        numbers=(by_notes, by_torch, by_course, default),
+    )
+
+
+@claim("10.3")
+def frequent(notes: Claim) -> Finding:
+    steps, every = 100, 10
+    p = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.Adagrad([p], LR)
+    for t in range(1, steps + 1):
+        before = p.detach().clone()
+        p.grad = torch.tensor([1.0, float(t % every == 0)])
+        optimizer.step()
+    often, seldom = (before - p.detach()).tolist()
+    return Finding(
+        f"AdaGrad's step {steps}, gradients of 1: {often:.2e} for a parameter that had one each time, {seldom:.2e} for "
+        f"one that had one every {every} steps",
+        {"the frequent one moves less": often < seldom},
+        numbers=(often, seldom),
+    )
+
+
+# The notes' listing, line by line; what it leaves to the reader is given or not.
+SNIPPET = """
+model = Cruncher(dim=D, num_layers=2)
+optimizer = AdaGrad(model.parameters(), lr=0.01)
+x = torch.randn(B, D)
+y = torch.tensor([4., 5.])
+pred_y = model(x)
+loss = F.mse_loss(pred_y, y)
+loss.backward()
+optimizer.step()
+optimizer.zero_grad(set_to_none=True)
+"""
+
+
+def _run_snippet(**given: object) -> str:
+    """What comes of the listing with ``given`` defined: the error's name, or nothing."""
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes that broadcast; the error says it too
+            torch.manual_seed(0)
+            exec(SNIPPET, {"torch": torch, "F": F, **given})
+    except (NameError, RuntimeError) as error:
+        return f"{type(error).__name__}, {error}"
+    return ""
+
+
+@claim("10.4")
+def training_snippet(notes: Claim) -> Finding:
+    steps: list[int] = []
+
+    class Counted(torch.optim.Adagrad):
+        def step(self, closure: Any = None) -> Any:
+            steps.append(1)
+            return super().step(closure)
+
+    known = {"Cruncher": lambda dim, num_layers: Cruncher(dim, num_layers), "AdaGrad": Counted, "D": 4}
+    alone, complete, other = _run_snippet(), _run_snippet(**known, B=2), _run_snippet(**known, B=3)
+    return Finding(
+        f"as printed: {alone}; with Cruncher, AdaGrad, D and B = 2 given: "
+        f"{complete or f'it runs, {len(steps)} step of the optimizer'}; with B = 3: {other}",
+        {"with what it needs given": not complete},
+        {"as printed": not alone, "for another B": not other, "it is a loop": len(steps) > 1},
+        numbers=(len(steps),),
+    )
+
+
+@claim("10.21")
+def lamb(notes: Claim) -> Finding:
+    Lamb = _extra("pytorch_optimizer", "Lamb", "LAMB comes from pytorch-optimizer")
+    n = 64
+    p = torch.ones(n, n, requires_grad=True)
+    optimizer = Lamb([p], lr=1e-3)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = [name for name, x in optimizer.state[p].items() if isinstance(x, torch.Tensor) and x.numel() == p.numel()]
+    n_tensors = sum(optimizer.state[p][name].numel() for name in kept) / p.numel()
+    return Finding(
+        f"{n_tensors:g} × P ({' and '.join(kept)}, pytorch-optimizer's)",
+        {"its real state": n_tensors == notes.value},
+        numbers=(n_tensors,),
+    )
+
+
+def _extra(module: str, name: str, why: str) -> Any:
+    """``module.name`` of the extra `optim`. Raises MissingExtra."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torchao tells of CUDA libraries that a CPU does not load
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise MissingExtra("optim", why) from error
+    finally:
+        logging.disable(before)
+
+
+def _tensor_bytes(x: torch.Tensor) -> int:
+    """Bytes of a tensor, of a quantised one those of its parts."""
+    if hasattr(x, "__tensor_flatten__"):
+        return sum(_tensor_bytes(getattr(x, part)) for part in x.__tensor_flatten__()[0])
+    return x.numel() * x.element_size()
+
+
+@claim("10.25")
+def eight_bits(notes: Claim) -> Finding:
+    AdamW8bit = _extra("torchao.optim", "AdamW8bit", "8-bit AdamW comes from torchao")
+    n = notes.given["n"]
+
+    def per_parameter(make: Callable[..., torch.optim.Optimizer]) -> float:
+        p = torch.empty(n, n, device="meta", requires_grad=True)  # the state's sizes follow from the shape
+        optimizer = make([p], lr=1e-3)
+        p.grad = torch.empty_like(p)
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+        state = optimizer.state[p]
+        return sum(_tensor_bytes(x) for name, x in state.items() if name != "step") / p.numel()
+
+    small, full = per_parameter(AdamW8bit), per_parameter(torch.optim.AdamW)
+    return Finding(
+        f"{small:.5f} bytes per parameter on a {n}×{n} matrix where AdamW keeps {full:g}: "
+        f"{format_share(1 - small / full)} less (torchao's)",
+        {"about a byte for each of the two": close(small, 2, 0.02)},
+        numbers=(small, full),
+    )
+
+
+@claim("10.26")
+def zero_stages(notes: Claim) -> Finding:
+    parameters, ranks = notes.given["parameters"], notes.given["ranks"]
+    found = [zero_bytes(stage, ranks) for stage in range(4)]
+    state = zero_bytes(1, ranks, parameters=0, gradients=0)
+    whole_state = zero_bytes(0, ranks, parameters=0, gradients=0)
+    return Finding(
+        f"{format_count(parameters)} parameters on {ranks} ranks, bytes per parameter and rank: "
+        + ", ".join(f"stage {stage} {n:.4g}" for stage, n in enumerate(found))
+        + f"; stage 1 keeps {format_bytes(parameters * found[1])} a rank, of which "
+        f"{format_bytes(parameters * state)} are optimizer state",
+        {"each rank keeps its share of the state": close(state * ranks, whole_state, 1e-12)},
+        numbers=tuple(found),
+    )
+
+
+# ---- activations of attention
+
+
+@shared
+def _block_bytes(seq_len: int, kernel: Any) -> int:
+    """What one block of a small GPT keeps for backward, with attention's scores stored or not, in bf16."""
+    one, two = (
+        _saved(f"gpt2:L={layers},d=256,h=4,V=128,T={seq_len}", seq_len, kernel) for layers in (1, 2)
+    )  # the difference is a block
+    return two - one
+
+
+def _saved(model: str, seq_len: int, kernel: Any) -> int:
+    with sdpa_kernel(kernel):
+        ledger = trace_step(model, batch_size=1, seq_len=seq_len, precision="bf16", optimizer="sgd")
+    return ledger.memory.after_forward["activations"]
+
+
+@claim("10.14")
+def activations_of_attention(notes: Claim) -> Finding:
+    T = 512
+    kernels = {"stored scores": SDPBackend.MATH, "FlashAttention": SDPBackend.FLASH_ATTENTION}
+    grown = {name: _block_bytes(2 * T, kernel) / _block_bytes(T, kernel) for name, kernel in kernels.items()}
+    rest, scores = _gpt3().published_activation_bytes(1, 2048)
+    share = scores / (rest + scores)
+    return Finding(
+        f"twice the sequence ({T} to {2 * T}), a block of width 256 keeps "
+        + ", ".join(f"{times:.2f} times with {name}" for name, times in grown.items())
+        + f"; by sbh(34 + 5as/h) the scores are {format_share(share, 0)} of a layer of GPT-3 at 2048",
+        {f"more than in proportion, with {name}": times > 2.1 for name, times in grown.items()},
+        numbers=(*grown.values(), share),
+    )
+
+
+def _attention_memory(T: int, chunk: int, *, training: bool = False, checkpointed: bool = False) -> int:
+    """Peak bytes of scores = q·kᵀ, softmax, times v, with ``chunk`` of the T queries at a time."""
+    d = 64
+
+    def part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.t()).softmax(-1) @ v
+
+    def run() -> None:
+        q, k, v = (zeros(T, d).requires_grad_(training) for _ in range(3))
+        again: Any = functools.partial(checkpoint, part, use_reentrant=False) if checkpointed else part
+        out = torch.cat([again(rows, k, v) for rows in q.split(chunk)])
+        if training:
+            out.sum().backward()
+
+    return traced(run).memory.peak_bytes
+
+
+@claim("10.28")
+def chunks(notes: Claim) -> Finding:
+    T, chunk = 1024, 64
+    ways: dict[str, dict[str, bool]] = {
+        "forward alone": {},
+        "training": {"training": True},
+        "training with each chunk checkpointed": {"training": True, "checkpointed": True},
+    }
+    found = {how: [_attention_memory(n, chunk, **way) for n in (T, 2 * T)] for how, way in ways.items()}
+    whole_ones = _attention_memory(T, T, training=True)
+    return Finding(
+        f"training on {T} tokens peaks at {format_bytes(whole_ones)} with whole attention; {chunk} queries at a "
+        f"time, then with {2 * T} tokens: "
+        + ", ".join(f"{how} {format_bytes(a)}, {b / a:.1f} times" for how, (a, b) in found.items()),
+        {f"{how}: the T² part is gone": b / a < 2.5 for how, (a, b) in found.items()},
+        numbers=(whole_ones, *(n for pair in found.values() for n in pair)),
     )
 
 

@@ -17,7 +17,7 @@ VERDICTS = ("right", "depends", "misleading", "wrong", "not checkable")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One claim of the notes with what bursar makes of it. ``verdict`` is None for what is not executed yet."""
+    """One claim of the notes with what bursar makes of it. ``verdict`` is None where an extra it needs is missing."""
 
     id: str
     claim: str
@@ -27,11 +27,11 @@ class Line:
     verdict: str | None = None
     holds: tuple[tuple[str, bool], ...] = ()  # under which conditions the statement was found true
     follows: tuple[tuple[str, bool], ...] = ()  # whether what the notes draw from it is
-    reason: str = ""  # why no code settles it
+    reason: str = ""  # why there is no computed value: no code settles it, or an extra is missing
 
 
 class ClaimRecord(msgspec.Struct):
-    """One claim in JSON; ``computed`` and ``verdict`` are null where it is not executed yet."""
+    """One claim in JSON; ``computed`` and ``verdict`` are null where it could not be executed."""
 
     id: str
     claim: str
@@ -54,17 +54,20 @@ def lecture_record(lines: Sequence[Line]) -> LectureRecord:
 
 
 def render(lines: Sequence[Line], *, explain: bool = False) -> Iterator[Any]:
-    """Claim by claim, then what comes later, then the count by verdict; ``explain`` adds the conditions tested."""
+    """Claim by claim, then what could not be executed here, then the count by verdict.
+
+    ``explain`` adds the conditions tested.
+    """
     yield line("The claims of the lecture notes: what they say, what bursar computes, the verdict", style="bold")
     for x in lines:
         if x.verdict is not None:
             yield line("")
             yield line(f"{x.id}  {x.claim}", style="bold")
             yield _block(x, explain)
-    later = [x.id for x in lines if x.verdict is None]
-    if later:
+    missing = [f"{x.id} ({x.reason})" for x in lines if x.verdict is None]
+    if missing:
         yield line("")
-        yield line(f"Comes later, not executed yet: {', '.join(later)}")
+        yield line(f"Not executed here: {', '.join(missing)}")
     yield line("")
     yield line(_count(lines), style="bold")
 
@@ -95,6 +98,6 @@ _STYLES = {
 
 def _count(lines: Sequence[Line]) -> str:
     by_verdict = [(v, sum(x.verdict == v for x in lines)) for v in VERDICTS]
-    later = sum(x.verdict is None for x in lines)
-    parts = [f"{n} {v}" for v, n in by_verdict if n] + ([f"{later} later"] if later else [])
+    missing = sum(x.verdict is None for x in lines)
+    parts = [f"{n} {v}" for v, n in by_verdict if n] + ([f"{missing} not executed"] if missing else [])
     return f"{len(lines)} claims: {', '.join(parts)}"
