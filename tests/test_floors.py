@@ -16,7 +16,7 @@ import bursar
 SOURCE = Path(bursar.__file__).parent
 FLOORS = {
     0: "errors units",
-    1: "hardware architecture catalog",
+    1: "hardware architecture optimizers catalog",
     # a ledger's .memory replays its own events, and asks the allocator what it would hold: they stand together
     2: "rules kernels ledger memory allocator",
     3: "roofline network schedule run operation forms",
@@ -25,7 +25,7 @@ FLOORS = {
     6: "cli web __main__",
 }
 TORCH_FLOOR = 5
-TORCH = {"torch", "transformers", "torchao"}
+TORCH = {"torch", "transformers", "torchao", "pytorch_optimizer"}
 
 
 class Import(NamedTuple):

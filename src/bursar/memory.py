@@ -56,7 +56,7 @@ class Textbook:
     """The notes' static sum, in bytes: all four at once, which no instant of a real step shows.
 
     Activations are the outputs of the layers that have parameters, the model's own output excepted; optimizer state is
-    the tensors as large as their parameter.
+    every tensor of it but the scalars.
     """
 
     parameters: int

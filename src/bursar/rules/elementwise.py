@@ -34,7 +34,7 @@ UNTAGGED = ("mish_backward elu_backward hardswish hardswish_ hardswish_backward 
             "leaky_relu_backward hardtanh_backward hardsigmoid_backward softplus_backward softshrink_backward "
             "hardshrink_backward log_sigmoid_forward log_sigmoid_backward glu glu_backward rrelu_with_noise "
             "huber_loss_backward smooth_l1_loss_backward binary_cross_entropy_backward polar "
-            "complex").split()  # fmt: skip
+            "complex where").split()  # fmt: skip
 
 
 @rule(*(f"aten.{name}" for name in UNTAGGED), kind="elementwise")

@@ -145,6 +145,12 @@ def _tensors(undo: Undo) -> None:
             self, translate(CUDA), non_blocking=non_blocking, memory_format=memory_format
         ),
     )
+    wrapper = torch.Tensor._make_wrapper_subclass
+
+    def wrapper_subclass(*args: Any, **kwargs: Any) -> Any:  # a tensor made of several, an 8-bit state say
+        return wrapper(*args, **{**kwargs, "device": translate(kwargs.get("device"))})
+
+    undo.set(torch.Tensor, "_make_wrapper_subclass", staticmethod(wrapper_subclass))
     _device._device_constructors()  # torch remembers these functions on first use: let it be the true ones
     for factory in ("tensor", "as_tensor", "asarray"):  # other factories are translated when they are dispatched
         plain = getattr(torch, factory)

@@ -227,6 +227,11 @@ class Recorder(TorchDispatchMode):
         info = self._infos.get(func)
         if info is None:
             info = self._infos[func] = _OpInfo(func)
+        for kind in types:
+            if kind is not FakeTensor and hasattr(kind, "__tensor_flatten__"):
+                return (
+                    NotImplemented  # made of several tensors (an 8-bit state): it says which ops on them, and they come
+                )
         if info.ignored or self.muted:
             return func(*args, **kwargs) if kwargs else func(*args)
         if _any_real(args) or (kwargs and _any_real(kwargs.values())):

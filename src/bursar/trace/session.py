@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -282,6 +283,7 @@ class Session:
             quiet.disabled = True
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*(pin_memory|data pointer of FakeTensor)")
+                stack.enter_context(torch.compiler.set_stance("force_eager"))  # torchao compiles its steps itself
                 stack.enter_context(self.mode)
                 stack.enter_context(self.recorder)
                 try:
@@ -392,11 +394,12 @@ class Session:
         calls = self._micro_batches(first_row)
         sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in self._parameters.values()]
         states = sum(
-            value.numel() * value.element_size()
+            part.numel() * part.element_size()
             for optimizer in self._optimizers.values()
             for parameter, state in optimizer.state.items()
             for key, value in state.items()
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and key != "step"
+            if isinstance(value, torch.Tensor) and (value.dim() or (not parameter.dim() and key != "step"))
+            for part in _tensors(value)
         )
         total = sum(n for n, _, _ in sizes)
         trained = sum(n * size for n, size, wants in sizes if wants)
@@ -429,7 +432,10 @@ def _without_fakes(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield value
+        if is_traceable_wrapper_subclass(value):  # an 8-bit state is codes, scales and a table
+            yield from _tensors([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        else:
+            yield value
     elif isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part)

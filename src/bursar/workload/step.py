@@ -119,7 +119,7 @@ def run(
             session.recorder.adopt(tensor, "inputs", "batch")
         if recompute == "full":
             session.checkpointed = _blocks(module)
-        chosen = optimizers.build(optimizer, [p for p in module.parameters() if p.requires_grad])
+        chosen = optimizers.build(optimizer, [p for p in module.parameters() if p.requires_grad], module=module)
         scaler = _Scaler(device) if precision == "fp16-mixed" else None
 
         def one_step() -> None:
