@@ -30,6 +30,7 @@ COMMANDS = {
     "run": "A whole run: FLOPs, GPUs, MFU, time, money; solves for the missing one.",
     "op": "One operation: FLOPs, bytes, what binds it, and with --measure its MFU here.",
     "lecture": "The claims of the lecture notes, executed: notes say, bursar computes, verdict.",
+    "probe": "Signal and gradient through every layer at initialisation, against theory.",
     "train": "The reference trainer: forecast, run, and both side by side.",
     "hardware": "The catalogue of accelerators.",
     "models": "The catalogue of models.",
