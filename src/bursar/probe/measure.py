@@ -307,6 +307,7 @@ class _Watch(TorchFunctionMode):
         self._model = model
         self._names = {p: n for n, p in model.named_parameters()}
         self._open: list[int] = []  # rows of the layers that are running
+        self._tables: set[nn.Parameter] = set()  # read by a lookup
         self._busy = False
 
     # ---- layers
@@ -331,7 +332,10 @@ class _Watch(TorchFunctionMode):
     def _begin(self, name: str) -> Callable[[nn.Module, Any], None]:
         def begin(module: nn.Module, args: Any) -> None:
             self._open.append(len(self.rows))
-            self.rows.append(_Row(name, type(module).__name__, list(module.parameters())))
+            calls = sum(row.name.split(" (")[0] == name for row in self.rows)
+            self.rows.append(
+                _Row(f"{name} ({calls + 1})" if calls else name, type(module).__name__, list(module.parameters()))
+            )
 
         return begin
 
@@ -426,6 +430,10 @@ class _Watch(TorchFunctionMode):
 
     def _product(self, used: theory.Product, x: Signal, output: Tensor) -> None:
         found = theory.after_product(used, x)
+        if used.weight in self._tables:
+            # A tied head meets its own rows in the stream: a token's own logit adds up to fan_in/fan_out of E[y²].
+            own = (used.place.fan_in / used.place.fan_out / ERRORS) ** 2
+            found = replace(found, spread=found.spread + own, drift=found.drift + own)
         index = self._row_of(used.weight)
         row = self.rows[index]
         row.weight, row.place, row.image = used.weight, used.place, used.image
@@ -437,6 +445,7 @@ class _Watch(TorchFunctionMode):
     def _table(self, args: Any, kwargs: Any, output: Tensor, found: Signal) -> frozenset[int]:
         weight = theory.weight_of(args[1] if len(args) > 1 else kwargs["weight"])
         assert weight is not None  # the rule was not silent
+        self._tables.add(weight)
         index = self._row_of(weight)
         if index not in self._open:
             _mark(output, found)
@@ -453,8 +462,8 @@ class _Watch(TorchFunctionMode):
 
     def _sum(self, a: Signal, b: Signal) -> None:
         """A stream and a branch: the branch is what was computed last."""
-        if a.producers and b.producers and a.producers != b.producers:
-            stream, branch = (a, b) if max(a.producers) < max(b.producers) else (b, a)
+        if a.producers != b.producers:
+            stream, branch = sorted((a, b), key=lambda s: max(s.producers, default=-1))
             self.branches += 1
             for i in branch.producers - stream.producers:
                 self.rows[i].residual = True

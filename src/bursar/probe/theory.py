@@ -232,7 +232,7 @@ def after_product(found: Product, x: Signal) -> Signal:
     return replace(
         x,
         second=second,
-        n=n_out * curved,
+        n=n_out / (share / curved + 1 - share),  # a bias is one number for the whole batch
         spread=share**2 * x.spread + own,
         drift=share**2 * x.drift + own,
         gaussian=centred,
@@ -280,7 +280,7 @@ def activation(call: Call) -> Signal | None:
     if not second > 0:
         return None
     slope = math.log(moments(f, x.second * 1.01)[0] / second) / math.log(1.01)  # how a relative error goes through
-    own = max(0.0, variance - 2) / x.n  # 2 of it is the linear layer's own, which is in x.spread
+    own = max(0.0, variance - 2 * slope**2) / x.n  # the rest came through x.spread: a Gaussian's E[z⁴] − 1 is 2
     return replace(
         x,
         second=second,

@@ -85,9 +85,9 @@ def _backward(layers: list[Layer], evidence: Sequence[Evidence]) -> list[Layer]:
             why = "shrinks the signal to nothing" if vanished else "is zero or inactive, look there"
             x = replace(x, verdict=word, message=f"no gradient reaches its weights: {word}; what follows it {why}")
         elif not e.rescaled and not e.residual and ratio > GREW * band:
-            x = replace(x, verdict="exploding", message=f"{said}: exploding on the way back; {_remedy(x)}")
+            x = replace(x, verdict="exploding", message=x.message or f"{said}: exploding on the way back; {_remedy(x)}")
         elif not e.rescaled and not e.residual and ratio < SHRANK / band and _is_plain(x):
-            x = replace(x, verdict="vanishing", message=f"{said}: vanishing on the way back; {_remedy(x)}")
+            x = replace(x, verdict="vanishing", message=x.message or f"{said}: vanishing on the way back; {_remedy(x)}")
         out.append(x)
     return out
 
@@ -143,4 +143,6 @@ def _times(x: float) -> str:
     if not math.isfinite(x):
         return "without bound"
     near = round(x)
+    if x >= 1e5:
+        return f"{x:.3g}"
     return f"{near}" if near >= 10 or (near and abs(x / near - 1) < 0.005) else f"{x:.2g}"

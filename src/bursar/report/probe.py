@@ -235,10 +235,10 @@ def render(found: Probe, *, before: Probe | None = None, explain: bool = False) 
     )
     yield from _titled(
         "Second moment of each layer's output, and the gradient of its weights",
-        ("layer", *(("before",) if before else ()), "measured", "theory", "± ", "gradient", "verdict"),
+        ("layer", *(("before",) if before else ()), "measured", "theory", "±", "gradient", "verdict"),
         [
             (x.name, *((_before(before, x.name),) if before else ()), _number(x.forward_second_moment),
-             _number(x.predicted_second_moment), _tolerance(x), _number(x.gradient_norm), x.verdict)
+             _number(x.predicted_second_moment), _tolerance(x), _short(x.gradient_norm), x.verdict)
             for x in found.layers
         ],
     )  # fmt: skip
@@ -363,6 +363,10 @@ def _number(x: float | None) -> str:
     return "" if x is None else f"{x:.4g}"
 
 
+def _short(x: float | None) -> str:
+    return "" if x is None else f"{x:.3g}"
+
+
 def _tolerance(x: Layer) -> str:
     if x.tolerance is None:
         return "silent"
@@ -374,7 +378,7 @@ def _share(x: float | None) -> str:
 
 
 def _before(before: Probe | None, name: str) -> str:
-    return next((_number(x.forward_second_moment) for x in before.layers if x.name == name), "") if before else ""
+    return next((_short(x.forward_second_moment) for x in before.layers if x.name == name), "") if before else ""
 
 
 # ---- the picture
