@@ -1,5 +1,7 @@
 """The optimizers: what each keeps is what its `state_dict` holds, and its step is its rule."""
 
+import json
+import math
 import tomllib
 from importlib.resources import files
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 import bursar
+from bursar.cli import main
 from bursar.errors import BadInput, MissingExtra, UnknownName
 from bursar.optimizers import OPTIMIZERS, family_tree
 from bursar.trace import tracing
@@ -200,3 +203,94 @@ def test_a_missing_library_names_its_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
     with pytest.raises(MissingExtra, match=r"bursar\[optim\]"):
         optimizers.build("adamw-8bit", [nn.Parameter(torch.zeros(1))])
+
+
+def test_a_trace_does_not_spoil_the_8_bit_tables_of_the_process():
+    _needs("adamw-8bit")
+    bursar.step("cruncher:D=64", optimizer="adamw-8bit")
+    from torchao.optim import subclass_8bit
+
+    table = subclass_8bit.get_qmap_signed()
+    assert len(table) == 256
+    assert (min(table), max(table)) == pytest.approx((-1, 1), abs=0.01)
+
+
+# ---- bytes per parameter and the race
+
+
+def test_the_training_state_in_bytes_per_parameter():
+    found = {row.precision: row.total for row in optimizers.byte_table()}
+    assert found["fp32"] == 4 + 4 + 8
+    assert found["bf16, all of it (torch's AdamW)"] == 2 + 2 + 4
+    assert found["bf16, fp32 states"] == 2 + 2 + 8
+    assert found["bf16, fp32 states and master"] == 2 + 2 + 4 + 8
+    assert found["bf16 autocast"] == 4 + 4 + 8
+    _needs("adamw-8bit")
+    assert found["fp32, 8-bit states"] == pytest.approx(4 + 4 + 2.03, abs=0.02)
+
+
+def test_the_race_starts_everyone_at_the_same_loss():
+    runs = [optimizers._run(name, 1.0) for name in ("sgd", "adam")]
+    assert runs[0].losses[0] == runs[1].losses[0]
+    assert all(run.losses[-1] < run.losses[0] for run in runs)
+    assert all(math.isfinite(loss) for run in runs for loss in run.losses)
+
+
+# ---- the command
+
+
+def ask(capsys, *argv):
+    try:
+        main(list(argv))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_list_names_all_with_their_rule_and_source(capsys):
+    code, out, err = ask(capsys, "optimizers", "--json")
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads(out)["optimizers"]}
+    assert list(rows) == NAMES
+    assert rows["adamw"]["per_parameter"]["flops"] == 14
+    code, out, _ = ask(capsys, "optimizers")
+    assert code == 0
+    assert all(row.source in out for row in OPTIMIZERS.values())
+
+
+def test_without_torch_the_list_still_has_names_rules_and_sources(capsys, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find(name, *a))
+    code, out, _ = ask(capsys, "optimizers", "adagrad")
+    assert code == 0
+    assert "θ − η·g/(√s + ε)" in out
+    assert "not installed here" in out
+    code, _, err = ask(capsys, "optimizers", "--compare", "mlp")
+    assert code == 3
+    assert "bursar[torch]" in err
+
+
+def test_compare_shows_memory_and_the_race(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(optimizers, "_available", lambda: iter(("sgd", "adam")))
+    argv = ["optimizers", "--compare", "cruncher"]
+    path = tmp_path / "race.svg"
+    if pytest.importorskip("matplotlib"):
+        argv += ["--plot", str(path)]
+    code, out, err = ask(capsys, *argv, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [row["state_bytes"] for row in found["memory"]] == [0, 2 * 4 * 36]
+    assert len(found["race"][0]["losses"]) == optimizers.RACE_STEPS + 1
+    assert path.read_text().startswith("<?xml")
+    code, out, _ = ask(capsys, *argv[:3])
+    assert code == 0
+    assert "█" in out
+
+
+def test_a_plot_of_nothing_and_a_foreign_format_are_refused(capsys, monkeypatch):
+    assert ask(capsys, "optimizers", "--plot", "x.png")[0] == 2
+    assert ask(capsys, "optimizers", "nadir")[0] == 2

@@ -29,6 +29,52 @@ class Optimizer:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an optimizer keeps and does per parameter of a square matrix."""
+
+    state: Mapping[str, str]  # the state tensors as found: name -> shape and dtype
+    state_bytes: float  # fp32 parameters
+    state_bytes_bf16: float  # bf16 parameters
+    flops: float  # per update, matmuls included
+    bytes_moved: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClassBytes:
+    """A training state in bytes per parameter."""
+
+    precision: str
+    parameters: float
+    gradients: float
+    master: float
+    optimizer_state: float
+
+    @property
+    def total(self) -> float:
+        """All four."""
+        return self.parameters + self.gradients + self.master + self.optimizer_state
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A model's step under one optimizer."""
+
+    name: str
+    state_bytes: int
+    peak_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """The losses of one optimizer, before each step and after the last."""
+
+    name: str
+    lr: float
+    losses: tuple[float, ...]
+
+
 def _read() -> dict[str, Optimizer]:
     rows = tomllib.loads(files("bursar").joinpath("catalog/optimizers.toml").read_text(encoding="utf-8"))
     return {name: Optimizer(name, **{**row, "rule": tuple(row["rule"])}) for name, row in rows.items()}

@@ -32,6 +32,7 @@ COMMANDS = {
     "lecture": "The claims of the lecture notes, executed: notes say, bursar computes, verdict.",
     "probe": "Signal and gradient through every layer at initialisation, against theory.",
     "train": "The reference trainer: forecast, run, and both side by side.",
+    "optimizers": "The optimizers: rule, state, FLOPs per parameter; side by side on a model.",
     "hardware": "The catalogue of accelerators.",
     "models": "The catalogue of models.",
 }

@@ -45,7 +45,7 @@ def step(
     precision:
         fp32, tf32, bf16 (everything in bf16), bf16-mixed or fp16-mixed (autocast over fp32 parameters)
     optimizer:
-        sgd, momentum, nesterov, adagrad, rmsprop, adam or adamw (adamw; adagrad for cruncher)
+        a name of bursar optimizers (adamw; adagrad for cruncher)
     recompute:
         none, selective (the attention core) or full (every repeated block)
     accumulate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -50,6 +51,23 @@ def line(text: str, style: str = "") -> Text:
 def note(text: str) -> Padding:
     """A remark under a heading or a table: indented, also where it wraps."""
     return Padding(line(text), (0, 0, 0, 2))
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], low: float, high: float, *, width: int = 40, log: bool = False) -> str:
+    """``values`` as a row of bars of eight heights, thinned to ``width``, from ``low`` to ``high``.
+
+    >>> sparkline([0, 1, 2, 7], 0, 7)
+    '▁▂▃█'
+    """
+    if len(values) > width:
+        values = [values[i * (len(values) - 1) // (width - 1)] for i in range(width)]
+    if log:
+        values, low, high = [math.log(max(v, low)) for v in values], math.log(low), math.log(high)
+    span = (high - low) or 1.0
+    return "".join(BARS[round(min(1.0, max(0.0, (v - low) / span)) * (len(BARS) - 1))] for v in values)
 
 
 def _printable(text: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import optimizer as optimizer_module
 from torch.utils import _device, _foreach_utils
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bursar.trace import accelerator, autocast
 
@@ -308,3 +309,13 @@ def transformers_kernels(undo: Undo) -> None:
     masking = sys.modules.get("transformers.masking_utils")
     if masking is not None and masking.find_packed_sequence_indices.__module__ == masking.__name__:
         undo.set(masking, "find_packed_sequence_indices", lambda position_ids: None)
+
+
+def torchao_tables(optimizer: Any) -> None:
+    """Make torchao's tables of 8-bit codes from real numbers: it keeps them for good, and a trace has none to give."""
+    if type(optimizer).__module__.startswith("torchao."):
+        from torchao.optim import subclass_8bit
+
+        with _disable_current_modes(), torch.device("cpu"):
+            subclass_8bit.get_qmap_signed()
+            subclass_8bit.get_qmap_unsigned()

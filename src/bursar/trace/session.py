@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -219,6 +218,7 @@ class Session:
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if id(optimizer) not in self._optimizers:
+            patches.torchao_tables(optimizer)
             self._optimizers[id(optimizer)] = optimizer
             self._remember_optimizer(optimizer)
         for parameter in parameters:
@@ -432,7 +432,7 @@ def _without_fakes(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        if is_traceable_wrapper_subclass(value):  # an 8-bit state is codes, scales and a table
+        if hasattr(value, "__tensor_flatten__"):  # an 8-bit state is codes, scales and a table
             yield from _tensors([getattr(value, name) for name in value.__tensor_flatten__()[0]])
         else:
             yield value

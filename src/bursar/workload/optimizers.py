@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bursar.errors import BadInput, MissingExtra
-from bursar.optimizers import OPTIMIZERS, optimizer
+from bursar.optimizers import OPTIMIZERS, ClassBytes, Compared, Cost, Race, optimizer
 
-__all__ = ["OPTIMIZERS", "Cost", "MuonWithAdamW", "build", "bytes_of", "cost", "state_tensors"]
+__all__ = ["OPTIMIZERS", "MuonWithAdamW", "build", "byte_table", "bytes_of", "compare", "cost", "race", "state_tensors"]
 
 _SIDE = 256  # of the square matrix on which an optimizer is measured: 65 536 parameters, whole blocks of 256
 
@@ -159,17 +158,6 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """One optimizer on one square matrix: what it keeps and does per parameter."""
-
-    state: Mapping[str, str]  # the state tensors as found: name -> shape and dtype
-    state_bytes: float  # per parameter, fp32 parameters
-    state_bytes_bf16: float  # per parameter, bf16 parameters
-    flops: float  # per parameter and update, matmuls included
-    bytes_moved: float
-
-
 @cache
 def cost(name: str) -> Cost:
     """What ``name`` keeps (from the real ``state_dict`` after a step) and does (a traced step), on a 256² matrix."""
@@ -209,3 +197,104 @@ def _shape(tensor: Tensor) -> str:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "uint8"}
     parts = inner(tensor)
     return " + ".join(f"{'×'.join(map(str, t.shape)) or 'scalar'} {names.get(t.dtype, t.dtype)}" for t in parts)
+
+
+# ---- bytes per parameter of a training state, class by class
+
+
+def byte_table() -> list[ClassBytes]:
+    """AdamW's training state in bytes per parameter under each precision, counted on real tensors after a real step.
+
+    One 1024² matrix, its real gradient and ``state_dict``. The 8-bit row is left out where torchao is not installed.
+    """
+    fp32, bf16 = torch.float32, torch.bfloat16
+    rows = [
+        _counted("fp32", fp32),
+        _counted("bf16, all of it (torch's AdamW)", bf16),
+        _counted("bf16, fp32 states", bf16, states_over="a copy"),
+        _counted("bf16, fp32 states and master", bf16, states_over="a master"),
+        _counted("bf16 autocast", fp32, autocast=True),
+    ]
+    with contextlib.suppress(MissingExtra):
+        rows.append(_counted("fp32, 8-bit states", fp32, name="adamw-8bit"))
+    return rows
+
+
+def _counted(
+    label: str, dtype: torch.dtype, *, name: str = "adamw", states_over: str = "", autocast: bool = False
+) -> ClassBytes:
+    """``states_over``: whether the optimizer works on an fp32 copy made for each update, or on one that is kept."""
+    layer = nn.Linear(1024, 1024, bias=False, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer(torch.ones(1, 1024, dtype=dtype)).sum().backward()
+    weight, gradient = layer.weight, layer.weight.grad
+    assert gradient is not None
+    updated = weight
+    if states_over:
+        updated = nn.Parameter(weight.detach().float())
+        updated.grad = gradient.float()
+    made = build(name, [updated])
+    with uncompiled():
+        made.step()
+    state = [t for ts in state_tensors(made).values() for t in ts if t.dim()]
+    n = weight.numel()
+    master = bytes_of(updated) if states_over == "a master" else 0
+    return ClassBytes(label, bytes_of(weight) / n, bytes_of(gradient) / n, master / n, sum(map(bytes_of, state)) / n)
+
+
+# ---- the optimizers side by side
+
+RACE_STEPS = 50
+RACE_TASK = "an MLP of 43 408 parameters (64→128→128→128→16, ReLU) learns 256 outputs of a fixed random network"
+_TIMES = (1.0, 3.0, 10.0, 30.0, 100.0)  # of the row's learning rate; the best of them is shown
+
+
+def _available() -> Iterator[str]:
+    for name, row in OPTIMIZERS.items():
+        with contextlib.suppress(MissingExtra):
+            _load(row.make, row.extra, name)
+            yield name
+
+
+def compare(model: str, batch_size: int | None = None, seq_len: int | None = None) -> list[Compared]:
+    """One traced step of ``model`` under each optimizer that is installed, in fp32."""
+    from bursar.workload.step import step
+
+    found = []
+    for name in _available():
+        ledger = step(model, batch_size=batch_size, seq_len=seq_len, optimizer=name)
+        memory = ledger.memory
+        found.append(Compared(name, memory.between_steps["optimizer_state"], memory.peak_bytes, ledger.flops.optimizer))
+    return found
+
+
+def race() -> list[Race]:
+    """The measured losses of each installed optimizer on the same small task from the same start, on the CPU."""
+    return [min((_run(name, t) for t in _TIMES), key=_final) for name in _available()]
+
+
+def _final(run: Race) -> float:
+    return run.losses[-1] if run.losses[-1] == run.losses[-1] else float("inf")  # NaN is last
+
+
+def _run(name: str, times: float) -> Race:
+    from bursar.workload.presets import build as preset
+
+    learner = preset("mlp:D=64,H=128,L=2,K=16")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inputs = torch.randn(256, 64)
+        targets = torch.tanh(inputs @ torch.randn(64, 32) / 8) @ torch.randn(32, 16) / 32**0.5
+        module = learner.make_model()
+        lr = times * OPTIMIZERS[name].settings["lr"]
+        made = build(name, module.parameters(), module=module, lr=lr, weight_decay=0.0)
+        losses = []
+        with uncompiled():
+            for _ in range(RACE_STEPS):
+                loss = nn.functional.mse_loss(module(inputs), targets)
+                losses.append(loss.item())
+                loss.backward()
+                made.step()
+                made.zero_grad()
+            losses.append(nn.functional.mse_loss(module(inputs), targets).item())
+    return Race(name, lr, tuple(losses))
