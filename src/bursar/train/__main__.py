@@ -2,7 +2,13 @@
 
 import sys
 
-if __name__ == "__main__":
-    from bursar.cli import main
 
-    main(["train", *sys.argv[1:]])
+def main() -> None:
+    """Hand the command line on to the shell above, which is imported only when this is run."""
+    from bursar.cli import main as command
+
+    command(["train", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

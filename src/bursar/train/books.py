@@ -71,6 +71,9 @@ def forecast(config: Config, device: torch.device) -> Forecast:
         whole = max(sum(p.numel() * p.element_size() for p in part.parameters()) for part in _units(config))
         peak = memory.peak_bytes - sharded + sharded // ranks + 2 * whole
         notes.append(f"fsdp peak: an estimate, 1/{ranks} of the states and one gathered unit with its gradients")
+    if ranks > 1 and config.layout == "ddp" and micro > 1:
+        peak += ledger.textbook.gradients
+        notes.append("ddp with accumulation holds the gradients twice: beside the buckets until they are averaged")
     if config.compile:
         notes.append("compile: the forecast is the eager step's; FLOPs are the same, fewer bytes move")
     return Forecast(ledger, peak, _priced(ledger, device, ranks, notes), tuple(notes))

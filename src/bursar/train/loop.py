@@ -49,19 +49,26 @@ def train(
         return record
     books.refuse_what_does_not_fit(ahead, device)
     with parallel.group(config.layout, device, config.timeout_seconds):
-        folder = Path(parallel.first(lambda: str(_folder(out, name, resume, say))))
-        parallel.first(lambda: data.prepare(config, folder))
-        trainee, start = make(config, device), 0
-        if resume:
-            found, manifest, passed = parallel.first(lambda: checkpoint.newest(folder, config))
-            for text in passed:
-                say(text)
-            if found is None:
-                say(f"{folder} holds no checkpoint yet: starting at step 0")
-            else:
-                start = checkpoint.load(found, manifest, trainee)
-        last = min(config.steps, max_steps if max_steps is not None else config.steps)
-        return _Run(config, trainee, folder, start, say).to(last, record, ahead)
+        return _trained(config, name, out, max_steps or config.steps, resume, say, record, ahead, device)
+
+
+def _trained(
+    config: Config, name: str, out: Path | None, max_steps: int, resume: bool, say: Say, record: TrainRecord,
+    ahead: books.Forecast, device: torch.device,
+) -> TrainRecord:  # fmt: skip
+    """The run among its ranks. The model is gone when this returns, before the ranks part (see `parallel.group`)."""
+    folder = Path(parallel.first(lambda: str(_folder(out, name, resume, say))))
+    parallel.first(lambda: data.prepare(config, folder))
+    trainee, start = make(config, device), 0
+    if resume:
+        found, manifest, passed = parallel.first(lambda: checkpoint.newest(folder, config))
+        for text in passed:
+            say(text)
+        if found is None:
+            say(f"{folder} holds no checkpoint yet: starting at step 0")
+        else:
+            start = checkpoint.load(found, manifest, trainee)
+    return _Run(config, trainee, folder, start, say).to(min(config.steps, max_steps), record, ahead)
 
 
 def _name(device: torch.device) -> str:

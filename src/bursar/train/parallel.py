@@ -20,6 +20,9 @@ from bursar.errors import BadInput, NoAnswer
 
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+# Were DDP's reducer the last to hold the group, it would wait for gloo's thread with the GIL, which that thread wants
+# (torch 2.13: seen once in 20 runs). An error's traceback may keep the model that long.
+_kept: list[Any] = []
 _SURVIVORS_WAIT_SECONDS = 5.0  # for each other, before whoever is silent counts as lost
 
 
@@ -44,6 +47,7 @@ def group(layout: str, device: torch.device, timeout_seconds: float) -> Iterator
         raise BadInput(f"{ranks} processes and layout = 'single'; give layout = 'ddp' or 'fsdp'")
     wait = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
+    _kept.append(dist.group.WORLD)
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
