@@ -62,16 +62,22 @@ def compare(
     lr: float = LEARNING_RATE,
     seed: int = 0,
     remarks: Mapping[str, str] | None = None,
+    keep: bool = True,
 ) -> tuple[Probe, ...]:
-    """The probe of ``model`` as it is and, with ``init``, the one after that rule. Raises what `probe` raises."""
+    """The probe of ``model`` as it is and, with ``init``, the one after that rule. Raises what `probe` raises.
+
+    Without ``keep`` the model itself is run and re-initialised, which saves the copy's memory.
+    """
     if init is not None:
         scheme(init)
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise BadInput("the model has lazy layers whose sizes are not known yet; run it once on a batch, then probe it")
     check_size(sum(p.numel() for p in model.parameters()), name or type(model).__name__)
     if any(p.is_meta for p in model.parameters()):
         raise BadInput("the model's parameters hold no data (device meta); a probe measures real numbers")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mine = copy.deepcopy(model)
+        mine = copy.deepcopy(model) if keep else model
         run = _Run(mine, batch, loss or random_direction, name or type(model).__name__, lr)
         before, seen = run.measure(None, remarks or {})
         if init is None:
@@ -211,17 +217,16 @@ class _Run:
         signal = row.signal
         known = signal if signal is not None and signal.predicted else None
         grads = [p.grad for p in row.parameters if p.grad is not None]
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads)) if grads else None
+        norm = _norm(grads) if grads else None
         matrices = [p for p in row.parameters if p.dim() > 1] or row.parameters
-        size = math.sqrt(sum(float(p.detach().double().square().sum()) for p in matrices))
-        step = math.sqrt(sum(float(p.grad.double().square().sum()) for p in matrices if p.grad is not None))
+        size, step = _norm(matrices), _norm([p.grad for p in matrices if p.grad is not None])
         return Layer(
             name=row.name,
             kind=row.kind,
             forward_mean=row.mean,
             forward_second_moment=row.second,
             predicted_second_moment=known.second if known else None,
-            tolerance=math.expm1(min(700.0, ERRORS * math.sqrt(known.spread))) if known else None,
+            tolerance=_tolerance(known.spread) if known else None,
             growth=row.second / signal.reference if signal is not None and signal.reference > 0 else None,
             gain=theory.second_moment(row.weight) * row.place.fan_in
             if row.place is not None and row.weight is not None
@@ -265,6 +270,15 @@ def _evidence(row: _Row, at: Mapping[int, int]) -> Evidence:
         weight_count=count,
         in_first=row.place.in_first if row.place is not None else False,
     )
+
+
+def _tolerance(spread: float) -> float:
+    """Four standard errors of the logarithm; a product of many layers has its median at exp(−spread/2)."""
+    return math.expm1(min(700.0, ERRORS * math.sqrt(spread) + spread / 2))
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) for t in tensors))
 
 
 def _marked(value: Any) -> Any:
@@ -396,7 +410,14 @@ class _Watch(TorchFunctionMode):
             first = args[0] if args else kwargs.get("input")
             weight = theory.weight_of(first)
             for t in outputs:
-                if weight is not None and not isinstance(t, nn.Parameter):
+                if (
+                    weight is not None
+                    and name == "getitem"
+                    and any(not x.is_floating_point() for x in _tensors(args[1]))
+                ):
+                    second = theory.second_moment(t)  # a table read by its rows
+                    _mark(t, Signal(second, theory.independent(t)[1], reference=second))
+                elif weight is not None and not isinstance(t, nn.Parameter):
                     t._bursar_weight = weight  # type: ignore[attr-defined]
                 elif inputs and t.numel() > 0:
                     _mark(t, inputs[0])

@@ -56,6 +56,7 @@ def probe_named(
         lr=lr,
         seed=seed,
         remarks=remarks,
+        keep=False,
     )
     return tuple(replace(p, assumptions=(*p.assumptions, *work.assumptions)) for p in found)
 
