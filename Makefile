@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types floors bench clean
+.PHONY: help demo test check format lint types floors docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -38,6 +38,10 @@ types: $(STAMP)  ## strict types
 
 floors: $(STAMP)  ## a module imports from lower floors only; torch stays on the top ones
 	$(BIN)/python -m pytest tests/test_floors.py
+
+docs: $(STAMP)  ## write the outputs in the READMEs and in docs/ anew
+	$(BIN)/python tests/test_readme.py
+	$(BIN)/python tests/test_pages.py
 
 bench: $(STAMP)  ## print the benchmark tables
 	$(BIN)/python benchmarks/startup.py

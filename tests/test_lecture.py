@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import claims
 from bursar import lecture, rules
 from bursar.cli import main
 from bursar.errors import BadInput
@@ -33,13 +34,17 @@ EXPECTED = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    pytest.importorskip("torch")
+    with claims.one_thread():
+        yield
+
+
 @pytest.fixture(scope="module")
 def executed():
-    torch = pytest.importorskip("torch")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield {line.id: line for line in lecture.execute()}
-    torch.set_num_threads(before)
+    pytest.importorskip("torch")
+    return {line.id: line for line in claims.executed()}
 
 
 def computed_again(id):

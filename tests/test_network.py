@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bursar.architecture import Transformer, preset
-from bursar.network import all_gather_bytes, zero_bytes
+from bursar.network import all_gather_bytes, all_reduce_bytes, data_parallel_ranks, zero_bytes
 
 # Rajbhandari et al. 2020, table 1, 7.5B parameters: GB of a rank at stages 1, 2 and 3.
 ZERO_TABLE_1 = {
@@ -50,3 +50,15 @@ def test_the_activations_of_a_layer_are_korthikantis_34_and_5as_over_h():
 
 def test_a_ring_sends_all_but_its_own_shard():
     assert [all_gather_bytes(n, 1600) for n in (1, 2, 4, 16)] == [0, 800, 1200, 1500]
+
+
+def test_data_parallel_is_bound_by_compute_up_to_its_limit_and_not_beyond():
+    B, W, C, P = 2**20, 50e9, 989.4e12, 10**9
+    n = data_parallel_ranks(B, W, C)
+    assert n == 53  # 1 + 2^20 · 50e9 / 989.4e12 = 53.99
+
+    def hidden(ranks):
+        return 4 * P * B / ranks / C >= all_reduce_bytes(ranks, 2 * P) / W
+
+    assert hidden(n)
+    assert not hidden(n + 1)

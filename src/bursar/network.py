@@ -84,3 +84,15 @@ def zero_bytes(
         raise ValueError(f"ZeRO has stages 0 to 3, not {stage}")
     shards = [ranks if stage >= first else 1 for first in (3, 2, 1)]
     return sum(part / n for part, n in zip((parameters, gradients, optimizer_state), shards, strict=True))
+
+
+def data_parallel_ranks(batch_tokens: float, bytes_per_s: float, flops_per_s: float) -> int:
+    """The most ranks on which backward still hides the all-reduce of bf16 gradients, at peak rates.
+
+    Backward does 4·P·B/n FLOPs on B/n of the batch's B tokens while 2(n-1)/n·2P bytes leave each rank, so P falls out
+    and n ≤ 1 + B·W/C.
+
+    >>> data_parallel_ranks(4e6, 100e9, 1e15)
+    401
+    """
+    return 1 + math.floor(batch_tokens * bytes_per_s / flops_per_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,12 @@ from rich.table import Table
 from bursar.report.record import SCHEMA_VERSION
 from bursar.report.text import line
 
+TITLES = {
+    "7": "what operations cost",
+    "8": "what gradients cost",
+    "9": "parameters and their initialisation",
+    "10": "optimizers and memory",
+}
 VERDICTS = ("right", "depends", "misleading", "wrong", "not checkable")
 
 
@@ -70,6 +77,25 @@ def render(lines: Sequence[Line], *, explain: bool = False) -> Iterator[Any]:
         yield line(f"Not executed here: {', '.join(missing)}")
     yield line("")
     yield line(_count(lines), style="bold")
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The claims as the body of a Markdown page: a heading, the count and a list for each chapter."""
+    found = []
+    for chapter in dict.fromkeys(x.id.split(".")[0] for x in lines):
+        of_chapter = [x for x in lines if x.id.split(".")[0] == chapter]
+        found.append(f"## Chapter {chapter}: {TITLES[chapter]}\n\n`bursar lecture {chapter}`. {_count(of_chapter)}.\n")
+        for x in of_chapter:
+            found.append(
+                f"**{x.id}** {_plain(x.claim)}\n\n- notes: {_plain(x.notes)}\n"
+                f"- bursar: {_plain(x.computed or x.reason)}\n- **{x.verdict}**: {_plain(x.correct)}\n"
+            )
+    return "\n".join(found)
+
+
+def _plain(text: str) -> str:
+    """``text`` with what Markdown would read as markup escaped."""
+    return re.sub(r"([*_<>\[\]`|])", r"\\\1", text)
 
 
 def _block(x: Line, explain: bool) -> Table:
