@@ -238,6 +238,20 @@ def test_every_layer_theory_speaks_of_is_met_within_its_tolerance(name):
     assert weighted[0].tolerance < 0.5
 
 
+def test_an_rms_norm_written_out_in_functions_is_known_by_its_name():
+    class RMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((64,), 2.0))
+
+        def forward(self, x):
+            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    found = probe(nn.Sequential(nn.Linear(64, 64), RMSNorm(), nn.Linear(64, 256)), torch.randn(64, 64))
+    assert found.layers[1].predicted_second_moment == 4
+    assert [x.agrees for x in found.layers] == [True, True, True]
+
+
 def test_weights_that_are_not_independent_are_found_by_the_theory_that_takes_them_to_be():
     layer = nn.Linear(64, 256)
     nn.init.constant_(layer.weight, 0.1)

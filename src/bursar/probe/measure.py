@@ -384,7 +384,8 @@ class _Watch(TorchFunctionMode):
         for i in before.producers:
             self.rows[i].rescaled = True
         count = max(before.n, theory.independent(output)[1])
-        return Signal(second, count, gaussian=True, predicted=True, reference=second)
+        own = 1e-4  # relative variance: the norm's ε is not known here, and takes a per cent of a small signal
+        return Signal(second, count, own, own, gaussian=True, predicted=True, reference=second)
 
     # ---- functions
 
