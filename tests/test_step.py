@@ -122,7 +122,8 @@ def test_the_json_has_every_field_of_the_contract(capsys):
     assert found["hardware"] == {"name": "h100-sxm", "count": 1}
     assert found["fits"] is True
     assert set(found["flops"]["by_kind"]) == set(KINDS)
-    assert set(found["memory"]) == {"peak_bytes", "reserved_bytes", "at_peak", "between_steps", "textbook"}
+    assert set(found["memory"]) == {"peak_bytes", "reserved_bytes", "saved_activation_bytes", "at_peak",
+                                    "between_steps", "textbook"}  # fmt: skip
     assert set(found["versions"]) == {"bursar", "torch"}
 
 
@@ -614,3 +615,56 @@ def test_blocks_alike_are_folded_and_nothing_is_lost():
     assert sum(part.copies * part.flops for part in found) == ledger.flops.hardware
     assert sum(part.copies * part.bytes for part in found) == sum(ledger.bytes_moved.values())
     assert sum(r.module.startswith("h.0") for r in ledger.recorded) > 0
+
+
+# ---- the memory of the step, drawn
+
+
+def test_the_page_of_cruncher_has_the_notes_sum_in_both_conventions(capsys):
+    assert record(capsys, "step", "cruncher")["memory"]["saved_activation_bytes"] == 4 * 18
+    _, out, _ = ask(capsys, "step", "cruncher")
+    rows = {line[:22].strip(): line[22:].split() for line in out.splitlines()}
+    assert rows["layer outputs"][:4] == ["64", "B", "16", "12.90"]
+    assert rows["or saved activations"][:4] == ["72", "B", "18", "14.29"]
+    assert rows["total"][:4] == ["496", "B", "124", "100.00"]
+    assert rows["total with saved"][:4] == [str(496 - 64 + 72), "B", "126", "100.00"]
+
+
+def test_each_bar_is_as_long_as_every_other_and_its_cells_are_the_shares(capsys):
+    _, out, _ = ask(capsys, "step", "cruncher")
+    bars = [line.split()[-1] for line in out.splitlines() if "░░" in line]
+    assert [len(bar) for bar in bars] == [48, 48]
+    for bar, activations in zip(bars, (64, 72), strict=True):
+        for fill, n_bytes in zip("█▓▒░", (144, activations, 144, 144), strict=True):
+            assert abs(bar.count(fill) - 48 * n_bytes / (3 * 144 + activations)) < 1
+
+
+@pytest.mark.parametrize(("zero_grad", "kept"), [("none", 0), ("zeros", 4 * 36)])
+def test_gradients_are_gone_between_steps_unless_they_are_kept_as_zeros(capsys, zero_grad, kept):
+    memory = bursar.step("cruncher", zero_grad=zero_grad).memory
+    gradients = memory.course(48)["gradients"]
+    assert (gradients[0], max(gradients), gradients[-1]) == (kept, 4 * 36, kept)
+    _, out, _ = ask(capsys, "step", "cruncher", "--zero-grad", zero_grad)
+    drawn = next(line for line in out.splitlines() if line.startswith("  gradients       "))[18:66]
+    assert (drawn[0], drawn[-1]) == (("█", "█") if kept else (" ", " "))
+
+
+def test_the_course_of_memory_reaches_the_peak_of_each_class_and_ends_between_steps():
+    memory = bursar.step("gpt2:L=2,d=64,h=2,V=128", batch_size=1, seq_len=32).memory
+    course = memory.course(20)
+    for name, live in memory.timeline.items():
+        if name != "row":
+            assert len(course[name]) == 20
+            assert max(course[name]) == max(memory.base[name], int(live.max()))
+            assert course[name][-1] == memory.between_steps[name]
+
+
+def test_the_rule_of_twelve_stands_beside_the_exact_count(capsys):
+    assert "12·d²·L = 84.9M: -0.1% against" in ask(capsys, "models", "gpt2")[1]
+    assert "12·d²·L" in ask(capsys, "step", "gpt2:L=1", "--batch-size", "1", "--seq-len", "8")[1]
+    assert "12·d²·L" not in ask(capsys, "step", "cruncher")[1]
+
+
+def test_an_unknown_zero_grad_is_refused():
+    with pytest.raises(UnknownName, match="zeros"):
+        bursar.step("cruncher", zero_grad="zero")

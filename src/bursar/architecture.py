@@ -109,6 +109,17 @@ class Transformer:
         """Number of trainable parameters, a tied table counted once."""
         return sum(self.parameter_groups().values())
 
+    def twelve_d2_l(self) -> tuple[int, int]:
+        """The rule of thumb 12·d²·L, and the exact parameters it stands for: the blocks' attention and mlp.
+
+        It holds for d_ff = 4d, plain, with all heads; norms and biases, tables and head are none of it.
+
+        >>> preset("gpt3-175b").twelve_d2_l()
+        (173946175488, 173956792320)
+        """
+        groups = self.parameter_groups()
+        return 12 * self.d_model**2 * self.n_layers, groups["attention"] + groups["mlp"]
+
     def published_activation_bytes(self, batch: int, seq_len: int) -> tuple[int, int]:
         """Bytes one layer keeps for backward: 34·s·b·h without attention's scores, and the 5·a·s²·b that they add.
 

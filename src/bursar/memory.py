@@ -11,6 +11,7 @@ Seven classes partition the live bytes at every instant, so at the peak they add
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,6 +119,32 @@ class Memory:
         kept = self.timeline["activations"]
         i = int(np.argmax(kept)) if len(kept) else -1
         return {c: int(self.timeline[c][i]) if len(kept) else self.base[c] for c in CLASSES}
+
+    @property
+    def saved_activations(self) -> int:
+        """The bytes autograd keeps for backward, at their fullest; the notes count the layers' outputs instead."""
+        return self.after_forward["activations"]
+
+    def course(self, columns: int) -> Mapping[str, list[int]]:
+        """Live bytes by class in ``columns``: before the step, the most in each of its equal stretches, after it.
+
+        ``row`` is the op each ends with, as a row of the ledger.
+        """
+        n = len(self.event_rows)
+        if not n:
+            return {"row": [0], **{c: [self.base[c]] for c in CLASSES}}
+        first, last = int(self.event_rows[0]), int(self.event_rows[-1])
+        ends = np.linspace(first, last, columns - 1)[1:]
+        cuts = [0, *np.searchsorted(self.event_rows, ends, side="right").tolist()]
+        found: dict[str, list[int]] = {"row": [first, *(int(e) for e in ends), last]}
+        for c in CLASSES:
+            live = self.timeline[c]
+            values = [self.base[c]]
+            for start, stop in itertools.pairwise(cuts):
+                before = int(live[start - 1]) if start else self.base[c]
+                values.append(max(before, int(live[start:stop].max(initial=0))))
+            found[c] = [*values, int(live[-1])]
+        return found
 
 
 def replay(

@@ -24,6 +24,7 @@ def step(
     compile: Annotated[bool, Parameter(negative=())] = False,
     on: str | None = None,
     layout: str | None = None,
+    zero_grad: str = "none",
     gradients: Annotated[bool, Parameter(negative=())] = False,
     json: common.Json = False,
     explain: common.Explain = False,
@@ -56,6 +57,8 @@ def step(
         an accelerator (h100-sxm), several as data-parallel ranks (8xh100-sxm), or cpu for the CPU backend's ops
     layout:
         how the ranks share the work: dp=N; others come with the planner
+    zero_grad:
+        what becomes of gradients after the update: none (freed) or zeros (kept, filled with zeros)
     gradients:
         per layer, the FLOPs of forward, dX and dW with shapes and formula
     parquet:
@@ -79,6 +82,7 @@ def step(
             recompute=recompute,
             accumulate=accumulate,
             on=on,
+            zero_grad=zero_grad,
         )
     forecast = ledger.on(on) if on not in (None, "cpu") and on is not None else None
     if parquet is not None:

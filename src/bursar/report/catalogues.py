@@ -63,6 +63,8 @@ def model_record(model: Transformer | Network) -> dict[str, Any]:
     record = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
     if isinstance(model, Network):
         record["sizes"] = dict(model.sizes)
+    else:
+        record["twelve_d2_l"] = model.twelve_d2_l()[0]
     return {**record, "parameters": model.parameters()}
 
 
@@ -80,6 +82,15 @@ def models_page(models: Sequence[Transformer | Network]) -> Iterator[Any]:
     yield line("  Or give a config.json, file.py:callable, package.module:callable.")
 
 
+def twelve(model: Transformer) -> str:
+    """12·d²·L with its error against the exact counts."""
+    rule, blocks = model.twelve_d2_l()
+    return (
+        f"12·d²·L = {format_count(rule)}: {rule / blocks - 1:+.1%} against the blocks' attention and MLP, "
+        f"{rule / model.parameters() - 1:+.1%} against all {format_count(model.parameters())}"
+    )
+
+
 def model_page(model: Transformer | Network) -> Iterator[Any]:
     """One model: its sizes, its parameters by part, its source."""
     record = model_record(model)
@@ -91,5 +102,7 @@ def model_page(model: Transformer | Network) -> Iterator[Any]:
     groups = model.parameter_groups() if isinstance(model, Transformer) else {}
     parts = [(k, f"{v:,}") for k, v in groups.items() if v]
     yield table("Parameters", ("", ""), [*parts, ("all", f"{model.parameters():,}")])
+    if isinstance(model, Transformer):
+        yield line(f"  {twelve(model)}")
     yield line(f"  {model.source}")
     yield line(f"  sizes that may be changed: {', '.join(preset_keys(model.name.split(':')[0]))}")

@@ -92,6 +92,7 @@ def step_record(
         memory={
             "peak_bytes": memory.peak_bytes,
             "reserved_bytes": memory.reserved_bytes,
+            "saved_activation_bytes": memory.saved_activations,
             "at_peak": dict(memory.at_peak),
             "between_steps": dict(memory.between_steps),
             "textbook": {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bursar.architecture import Transformer, preset
+from bursar.errors import BursarError
 from bursar.ledger import Ledger, Part, parts
 from bursar.memory import CLASSES
+from bursar.report.catalogues import twelve
 from bursar.report.gradients import layers
-from bursar.report.text import line, note, table
+from bursar.report.text import line, note, sparkline, table
 from bursar.roofline import Forecast
 from bursar.units import format_bytes, format_count, format_flops, format_rate, format_seconds, format_share
 
@@ -97,7 +100,7 @@ def gradients_rules(ledger: Ledger) -> Any:
 
 
 def _memory(ledger: Ledger) -> Iterator[Any]:
-    memory, book = ledger.memory, ledger.memory.textbook
+    memory = ledger.memory
     yield table(
         "Memory of one device",
         ("", "at the peak", "share", "between steps"),
@@ -118,17 +121,84 @@ def _memory(ledger: Ledger) -> Iterator[Any]:
             yield line(f"    {_bytes(held.n_bytes)}  {held.memory_class.replace('_', ' ')}  {held.module or held.op}")
     if ledger.device == "gpu":
         yield note(f"The caching allocator would hold {_bytes(memory.reserved_bytes)}.")
-    static = (("parameters", book.parameters), ("layer outputs", book.activations), ("gradients", book.gradients),
-             ("optimizer state", book.optimizer_state))  # fmt: skip
+    yield from _timeline(ledger)
+    yield from _static(ledger)
+
+
+_COLUMNS = 48  # of the timeline and the bars
+_FILLS = "█▓▒░"
+
+
+def _timeline(ledger: Ledger) -> Iterator[Any]:
+    """Each class's live bytes over the step, and which phase is at work."""
+    course = ledger.memory.course(_COLUMNS)
+    most = {c: max(course[c]) for c in CLASSES}
+    phases = " " + "".join(ledger.rows[row].phase[0] for row in course["row"][1:-1])
+    yield line("")
+    yield line("Live bytes over the step, op by op", style="bold")
+    width = max(len(c) for c in CLASSES)
+    for c in CLASSES:
+        if most[c]:
+            bars = "".join(
+                bar if n else " "
+                for bar, n in zip(sparkline(course[c], 0, most[c], width=_COLUMNS), course[c], strict=True)
+            )
+            yield line(f"  {c.replace('_', ' '):<{width}} {bars} {_bytes(most[c])}")
+    yield line(f"  {'':<{width}} {phases}")
+    yield note("each to its own most, on the right; blank is none; the first column is before the step, the last after "
+               "zero_grad. f forward, b backward, r recompute, o optimizer")  # fmt: skip
+
+
+def _static(ledger: Ledger) -> Iterator[Any]:
+    """The notes' sum in both conventions: activations as the layers' outputs, and as what autograd saves."""
+    book, saved = ledger.memory.textbook, ledger.memory.saved_activations
+    with_saved = book.total - book.activations + saved
+
+    def row(name: str, n: int, outputs: bool, saves: bool) -> tuple[str, ...]:
+        share = format_share(n / max(1, book.total), 2) if outputs else ""
+        return name, _bytes(n), _elements(ledger, n), share, format_share(n / max(1, with_saved), 2) if saves else ""
+
     yield line("")
     yield table(
         "The notes' static sum (all four at once, which no instant of a real step shows)",
-        ("", "bytes", "elements", "share"),
+        ("", "bytes", "elements", "share", "with saved"),
         [
-            *((name, _bytes(n), _elements(ledger, n), format_share(n / max(1, book.total), 2)) for name, n in static),
-            ("total", _bytes(book.total), _elements(ledger, book.total), ""),
+            row("parameters", book.parameters, True, True),
+            row("layer outputs", book.activations, True, False),
+            row("or saved activations", saved, False, True),
+            row("gradients", book.gradients, True, True),
+            row("optimizer state", book.optimizer_state, True, True),
+            ("total", _bytes(book.total), _elements(ledger, book.total), format_share(1, 2), ""),
+            ("total with saved", _bytes(with_saved), _elements(ledger, with_saved), "", format_share(1, 2)),
         ],
     )
+    for name, activations in (("layer outputs", book.activations), ("saved", saved)):
+        parts = (book.parameters, activations, book.gradients, book.optimizer_state)
+        yield line(f"  {name:<15} {_pie(parts)}")
+    legend = zip(_FILLS, ("parameters", "activations", "gradients", "optimizer state"), strict=True)
+    yield note("   ".join(f"{fill} {name}" for fill, name in legend))
+    shape = _transformer(ledger)
+    if shape is not None:
+        yield note(twelve(shape))
+    yield line("")
+
+
+def _pie(parts: Sequence[int]) -> str:
+    """The parts as one bar: cells are rounded so that they add up to the whole."""
+    total, before, found = max(1, sum(parts)), 0, ""
+    for fill, n in zip(_FILLS, parts, strict=True):
+        found += fill * (round((before + n) * _COLUMNS / total) - round(before * _COLUMNS / total))
+        before += n
+    return found
+
+
+def _transformer(ledger: Ledger) -> Transformer | None:
+    """The catalogue's shape, where the model is one of its transformers."""
+    try:
+        shape = preset(ledger.model.name)
+    except BursarError:
+        return None
+    return shape if isinstance(shape, Transformer) and shape.parameters() == ledger.model.parameters else None
 
 
 def _time(forecast: Forecast, explain: bool) -> Iterator[Any]:

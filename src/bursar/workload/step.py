@@ -22,6 +22,7 @@ from bursar.workload.resolve import Workload, from_callable, loss_of_output, res
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")
 RECOMPUTE = ("none", "selective", "full")
+ZERO_GRAD = ("none", "zeros")
 _MIXED = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 
 
@@ -36,6 +37,7 @@ def step(
     recompute: str = "none",
     accumulate: int = 1,
     on: str | None = None,
+    zero_grad: str = "none",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Ledger:
     """What one training step of ``model`` costs: forward, backward and optimizer, traced without running anything.
@@ -44,13 +46,14 @@ def step(
     module is copied onto fake tensors and itself not touched. ``batch`` is a tensor, a tuple of arguments or a dict of
     keyword arguments for its forward. ``batch_size`` is the micro-batch of one data-parallel rank in samples,
     ``accumulate`` the micro-batches per step. ``on`` is a catalogue name, ``"cpu"``, or None for a GPU in general;
-    ``"8xh100-sxm"`` is eight data-parallel ranks. ``loss(module, batch)`` returns the scalar to differentiate; without
-    it the model's own loss is used, else the mean of its output.
+    ``"8xh100-sxm"`` is eight data-parallel ranks. ``zero_grad`` says what becomes of the gradients after the update:
+    ``"none"`` frees them, ``"zeros"`` keeps them, filled with zeros. ``loss(module, batch)`` returns the scalar to
+    differentiate; without it the model's own loss is used, else the mean of its output.
 
     Raises UnknownName and BadInput for what cannot be meant, DataDependent where forward needs a tensor's values, and
     whatever the model's own code raises.
     """
-    _check(precision, optimizer, recompute, accumulate)
+    _check(precision, optimizer, recompute, accumulate, zero_grad)
     replicas = 1
     if on not in (None, "cpu"):
         assert on is not None
@@ -77,16 +80,18 @@ def step(
             return first[0], batch
 
         work = dataclasses.replace(work, make=with_batch, samples=None, tokens=None)
-    return run(work, precision, optimizer or work.optimizer, recompute, accumulate, on, replicas)
+    return run(work, precision, optimizer or work.optimizer, recompute, accumulate, on, replicas, zero_grad)
 
 
-def _check(precision: str, optimizer: str | None, recompute: str, accumulate: int) -> None:
+def _check(precision: str, optimizer: str | None, recompute: str, accumulate: int, zero_grad: str) -> None:
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
     if recompute not in RECOMPUTE:
         raise UnknownName("recompute", recompute, RECOMPUTE)
     if optimizer is not None and optimizer not in optimizers.OPTIMIZERS:
         raise UnknownName("optimizer", optimizer, optimizers.OPTIMIZERS)
+    if zero_grad not in ZERO_GRAD:
+        raise UnknownName("zero_grad", zero_grad, ZERO_GRAD)
     if accumulate < 1:
         raise BadInput(f"{accumulate} micro-batches train nothing; give --accumulate 1 or more")
 
@@ -99,6 +104,7 @@ def run(
     accumulate: int = 1,
     on: str | None = None,
     replicas: int = 1,
+    zero_grad: str = "none",
 ) -> Ledger:
     """Trace two steps of ``work``, the first to make the optimizer's states and fill caches, and keep the second."""
     tf32 = frozenset({"matmul", "conv"}) if precision == "tf32" else frozenset[str]()
@@ -136,7 +142,7 @@ def run(
             if scaler is not None:
                 scaler.unscale([p.grad for p in module.parameters() if p.grad is not None])
             chosen.step()
-            chosen.zero_grad(set_to_none=True)
+            chosen.zero_grad(set_to_none=zero_grad == "none")
 
         with _selective(recompute):
             one_step()
@@ -144,7 +150,7 @@ def run(
             one_step()
     ledger = session.ledger
     samples, tokens = size_of_batch(batch) if work.samples is None else (work.samples, work.tokens or work.samples)
-    notes = _assumptions(work, precision, optimizer, recompute, replicas, ledger)
+    notes = _assumptions(work, precision, optimizer, recompute, replicas, ledger, zero_grad == "none")
     return dataclasses.replace(
         ledger,
         model=dataclasses.replace(ledger.model, name=work.name),
@@ -155,7 +161,7 @@ def run(
 
 
 def _assumptions(
-    work: Workload, precision: str, optimizer: str, recompute: str, replicas: int, ledger: Ledger
+    work: Workload, precision: str, optimizer: str, recompute: str, replicas: int, ledger: Ledger, set_to_none: bool
 ) -> list[str]:
     notes = [*work.assumptions]
     notes.append(
@@ -167,7 +173,9 @@ def _assumptions(
             "fp16-mixed": "fp16 autocast over fp32 parameters, gradients and state, with loss scaling",
         }[precision]
     )
-    notes.append(f"optimizer {optimizer}; the step after a warm-up step; zero_grad(set_to_none=True)")
+    notes.append(f"optimizer {optimizer}; the step after a warm-up step; zero_grad(set_to_none={set_to_none})")
+    if optimizer == "adamw-8bit":
+        notes.append("torchao compiles this optimizer's step; counted op by op, its bytes and peak are upper bounds")
     if recompute == "full":
         notes.append("recompute full: every repeated block is checkpointed")
     if recompute == "selective":
