@@ -20,8 +20,8 @@ LECTURE, COURSE = DOCS / "lecture.md", DOCS / "course.md"
 STEP = "bursar step gpt2:L=2 --batch-size 1"
 MATMUL = "bursar op 'matmul 16384x32768x8192' --on h100-sxm"
 NOTES_RUN = "bursar run --params 70B --tokens 15T"
-SGD, MOMENTUM, ADAGRAD, RMSPROP, ADAM = (
-    f"bursar step cruncher --optimizer {name}" for name in ("sgd", "momentum", "adagrad", "rmsprop", "adam")
+SGD, MOMENTUM, ADAGRAD, RMSPROP, ADAM, LAMB = (
+    f"bursar step cruncher --optimizer {name}" for name in ("sgd", "momentum", "adagrad", "rmsprop", "adam", "lamb")
 )
 STATE = r"^ optimizer state .*%$"
 
@@ -65,12 +65,13 @@ NAMED = (
     ("Kaiming", "bursar lecture 9", "9.19"),
     ("truncated normal", "bursar lecture 9", "9.12"),
     ("the variance check", "bursar lecture 9", "9.20"),
+    ("the variance check of a model", "bursar probe mlp:L=2", r"^mlp.* layers: .*"),
     ("SGD", SGD, STATE),
     ("Momentum", MOMENTUM, STATE),
     ("AdaGrad", ADAGRAD, STATE),
     ("RMSProp", RMSPROP, STATE),
     ("Adam", ADAM, STATE),
-    ("LAMB", "bursar lecture 10", "10.21"),
+    ("LAMB", LAMB, STATE),
     ("8-bit Adam", "bursar lecture 10", "10.25"),
     ("Cruncher and its step", "bursar step cruncher", r"^ model = .*"),
     ("memory as a table, parts and total", "bursar step cruncher", r"^ total +496 B .*"),
