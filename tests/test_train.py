@@ -17,7 +17,7 @@ import torch
 
 from bursar.cli import main
 from bursar.errors import BadInput, NoAnswer
-from bursar.train import checkpoint, config, data, loop, step
+from bursar.train import checkpoint, config, data, loop, parallel, step
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 GPT = {"model": "gpt2:L=2,d=32,h=2,V=256,T=32", "data": "text.txt", "steps": 20, "batch_size": 4, "seq_len": 16,
@@ -98,6 +98,12 @@ def test_the_schedule_warms_up_and_ends_at_its_share(tmp_path):
     assert [made.lr_at(s, 1.0) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
     assert made.lr_at(6, 1.0) == pytest.approx(0.1 + 0.9 * 0.5)  # half of the cosine
     assert made.lr_at(10, 1.0) == pytest.approx(0.1)
+
+
+def test_two_processes_and_layout_single_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "ranks", 2)
+    with pytest.raises(BadInput, match="2 processes and layout = 'single'"):
+        run(tmp_path, CRUNCHER)
 
 
 # ---- the data
@@ -186,7 +192,7 @@ def test_a_checkpointed_block_is_seen_by_the_meter(text):
 
 def test_what_does_not_fit_is_refused_before_anything_is_made(text):
     with pytest.raises(NoAnswer, match="does not fit: the step needs"):
-        run(text, {**GPT, "model": "gpt3-175b:V=256", "batch_size": 1})
+        run(text, {**GPT, "model": "gpt3-175b:V=256,L=4,d=65536,h=64", "batch_size": 1})
     assert not (text / "run").exists()
 
 
@@ -297,6 +303,16 @@ def test_a_changed_config_is_named_and_log_every_may_change(text):
     with pytest.raises(BadInput, match=r"another config: lr = 0.1 \(was 0.001\); seed = 1 \(was 0\)"):
         run(text, {**GPT, "lr": 0.1, "seed": 1}, resume=True)
     assert run(text, {**GPT, "log_every": 1, "keep": 1}, max_steps=6, resume=True).steps == 6
+
+
+def test_a_finished_run_resumed_has_nothing_left_to_do_and_a_log_cut_short_is_mended(text):
+    first = run(text, GPT, max_steps=10)
+    with (text / "run" / "log.csv").open("a") as f:
+        f.write("1")  # of 10,5.4,0.001
+    again = run(text, GPT, max_steps=10, resume=True)
+    assert (again.steps, again.first_loss, again.final_loss) == (10, first.first_loss, first.final_loss)
+    assert again.checkpoint == first.checkpoint
+    assert len(losses(text / "run")) == 10
 
 
 def test_resume_without_a_run_is_refused(text):

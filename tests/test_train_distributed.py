@@ -108,9 +108,3 @@ def test_a_rank_that_is_gone_is_named_and_nobody_waits_for_ever(tmp_path, patch,
     assert "rank 0 waited for rank 1 of 2, which is gone or hangs" in done.stderr
     assert time.monotonic() - began < 50
     assert sorted(p.name for p in (tmp_path / "gone").glob("*.partial")) == []
-
-
-def test_two_processes_and_layout_single_is_refused(tmp_path):
-    done = launch(tmp_path, "single", 2, "single", steps=2)
-    assert done.returncode != 0
-    assert "2 processes and layout = 'single'" in done.stderr

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,12 +50,13 @@ class Forecast:
 def forecast(config: Config, device: torch.device) -> Forecast:
     """Trace two steps of this very config, without data, memory or ranks, and keep the second."""
     ranks = parallel.ranks
+    eager = msgspec.structs.replace(config, compile=False)
     micro, sequence = config.micro_batches(ranks), config.sequence
     with tracing(on="cpu" if device.type == "cpu" else None) as traced:
         fake = torch.device(device.type)
         with fake:
             batch = config.preset.make_batch(micro * config.batch_size, sequence)
-        trainee = make(config, fake, FiniteScaler(fake) if config.precision == "fp16-mixed" else None)
+        trainee = make(eager, fake, FiniteScaler(fake) if config.precision == "fp16-mixed" else None)
         for step in range(2):
             update(config, trainee, data.cast(batch, config), step)
     samples = micro * config.batch_size * ranks

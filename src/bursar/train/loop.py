@@ -49,7 +49,10 @@ def train(
         return record
     books.refuse_what_does_not_fit(ahead, device)
     with parallel.group(config.layout, device, config.timeout_seconds):
-        return _trained(config, name, out, max_steps or config.steps, resume, say, record, ahead, device)
+        try:
+            return _trained(config, name, out, max_steps or config.steps, resume, say, record, ahead, device)
+        except OSError as error:
+            raise NoAnswer(f"the run cannot go on: {error}; once that is mended, go on with --resume") from error
 
 
 def _trained(
@@ -110,10 +113,12 @@ class _Run:
         self.log = folder / "log.csv"
         if start and self.log.is_file():
             with self.log.open(encoding="utf-8", newline="") as f:
-                self.losses = {int(r["step"]): float(r["loss"]) for r in csv.DictReader(f) if int(r["step"]) < start}
+                rows = [r for r in csv.DictReader(f) if r["lr"]]  # a kill may have cut the last line short
+                self.losses = {int(r["step"]): float(r["loss"]) for r in rows if int(r["step"]) < start}
         if parallel.rank == 0:
-            with self.log.open("w", encoding="utf-8") as f:
-                f.write("step,loss,lr\n" + "".join(self._row(s) for s in self.losses))
+            partial = folder / "log.partial"
+            partial.write_text("step,loss,lr\n" + "".join(self._row(s) for s in self.losses), encoding="utf-8")
+            os.replace(partial, self.log)
         self.board = _tensorboard(folder) if config.tensorboard and parallel.rank == 0 else None
 
     def _row(self, step: int) -> str:
