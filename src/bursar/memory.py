@@ -15,10 +15,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from bursar import allocator
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CLASSES = ("parameters", "gradients", "optimizer_state", "activations", "temporary", "buffers", "inputs")
 
@@ -101,6 +103,8 @@ class Memory:
     @cached_property
     def timeline(self) -> Mapping[str, np.ndarray]:
         """Live bytes of each class after each event; ``row`` says during which op."""
+        import numpy as np  # here: pages that need no ledger start without it
+
         found: dict[str, np.ndarray] = {"row": self.event_rows}
         for i, name in enumerate(CLASSES):
             deltas = np.where(self.event_classes == i, self.event_deltas, 0)
@@ -117,7 +121,7 @@ class Memory:
     def after_forward(self) -> Mapping[str, int]:
         """Live bytes by class at the fullest moment of the activations."""
         kept = self.timeline["activations"]
-        i = int(np.argmax(kept)) if len(kept) else -1
+        i = int(kept.argmax()) if len(kept) else -1
         return {c: int(self.timeline[c][i]) if len(kept) else self.base[c] for c in CLASSES}
 
     @property
@@ -130,6 +134,8 @@ class Memory:
 
         ``row`` is the op each ends with, as a row of the ledger.
         """
+        import numpy as np
+
         n = len(self.event_rows)
         if not n:
             return {"row": [0], **{c: [self.base[c]] for c in CLASSES}}
@@ -158,6 +164,8 @@ def replay(
 
     With ``buckets`` the gradients live in DDP's buckets (gradient_as_bucket_view), which stand from step to step.
     """
+    import numpy as np
+
     base = dict.fromkeys(CLASSES, 0)
     start: dict[int, int] = {}
     for _, storage, delta in events[:first_event]:
@@ -176,7 +184,7 @@ def replay(
     classes = np.fromiter((number[_class(storages[e[1]])] for e in step), np.int8, len(step))
     at_start = sum(base.values())
     live = at_start + np.cumsum(deltas)
-    i = int(np.argmax(live)) if len(step) else -1
+    i = int(live.argmax()) if len(step) else -1
     peak = int(live[i]) if len(step) else at_start
     if peak <= at_start:
         i, peak = -1, at_start
