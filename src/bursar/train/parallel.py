@@ -21,7 +21,7 @@ from bursar.errors import BadInput, NoAnswer
 rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 # Were DDP's reducer the last to hold the group, it would wait for gloo's thread with the GIL, which that thread wants
-# (torch 2.13: seen once in 20 runs). An error's traceback may keep the model that long.
+# (torch 2.13: seen once in about ten runs). An error's traceback may keep the model that long.
 _kept: list[Any] = []
 _SURVIVORS_WAIT_SECONDS = 5.0  # for each other, before whoever is silent counts as lost
 
