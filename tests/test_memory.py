@@ -208,3 +208,21 @@ def test_the_notes_count_496_bytes_for_cruncher_with_adagrad():
     assert (book.parameters, book.gradients, book.optimizer_state) == (weights, weights, weights) == (144,) * 3
     assert book.activations == 4 * (2 * 4 + 2 * 4) == 64
     assert book.total == 496
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_keeps_for_its_second_forward_is_an_activation(reentrant):
+    with tracing() as t:
+        layers = [torch.nn.Linear(64, 64, device="cuda") for _ in range(4)]
+        x = torch.randn(8, 64, device="cuda", requires_grad=True)
+        for _ in range(2):
+            h = x
+            for layer in layers:
+                h = torch.utils.checkpoint.checkpoint(
+                    lambda z, layer=layer: layer(z).relu(), h, use_reentrant=reentrant
+                )
+            h.sum().backward()
+    kept = t.ledger.memory.saved_activations
+    between_layers = 3 * 8 * 64 * 4  # the first layer's input is the batch
+    inside_one = 8 * 64 * 4  # what relu saves, made again one layer at a time
+    assert between_layers <= kept <= between_layers + 2 * inside_one

@@ -50,12 +50,22 @@ def accelerator_page(device: Accelerator) -> Iterator[Any]:
             continue
         source = device.sources.get(field.name, "")
         if hasattr(value, "items"):
-            rows += [(f"{field.name} {k}", f"{v:.5g}", "″" if i else source) for i, (k, v) in enumerate(value.items())]
-        elif isinstance(value, tuple):
-            rows.append((field.name, ", ".join(value), source))
+            figures = [(f"{field.name} {k}", _figure(field.name, v)) for k, v in value.items()]
+            rows += [(name, figure, "″" if i else source) for i, (name, figure) in enumerate(figures)]
         else:
-            rows.append((field.name, f"{value:,}" if isinstance(value, int) else f"{value:.5g}", source))
+            rows.append((field.name, _figure(field.name, value), source))
     yield table(f"{device.name}: {device.title} ({device.vendor}, {device.year})", ("", "", "source"), rows, left=3)
+
+
+def _figure(name: str, value: Any) -> str:
+    """A figure of the catalogue with its unit."""
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    if name.endswith("flops_per_s"):
+        return format_rate(value, "FLOP")
+    if name.endswith("bytes_per_s"):
+        return format_rate(value, "B")
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
 def model_record(model: Transformer | Network) -> dict[str, Any]:

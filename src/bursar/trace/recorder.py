@@ -295,6 +295,8 @@ class Recorder(TorchDispatchMode):
         kind, work, dtype, shapes, dtypes = self._priced(tuple(key), info, args, kwargs, outs)
         if phase == "optimizer" and kind not in _KEEP_KIND:
             kind = "optimizer"
+        if phase == "recompute":
+            self._kept_for_recompute(args)
         reads_weight = kind in rules.MODEL_KINDS and self._reads_weight(args)
         if info.name == "aten._to_copy" and mine and self._reads_weight(args):
             self._live[mine[0].untyped_storage()._cdata][0].weight_copy = True
@@ -309,6 +311,16 @@ class Recorder(TorchDispatchMode):
         if found is None:
             found = self._costs[key] = self._cost(info, args, kwargs, outs)
         return found
+
+    def _kept_for_recompute(self, args: Any) -> None:
+        """What a checkpoint's second forward reads was kept for it, though by a closure and not by the graph."""
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                known = self.known(a)
+                if known is not None and known.phase == "forward":
+                    known.saved = True
+            elif isinstance(a, (list, tuple)):
+                self._kept_for_recompute(a)
 
     def _reads_weight(self, args: Any) -> bool:
         for a in args:
