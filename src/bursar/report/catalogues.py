@@ -9,7 +9,7 @@ from typing import Any
 from bursar.architecture import Network, Transformer, preset_keys
 from bursar.hardware import Accelerator
 from bursar.report.text import line, table
-from bursar.units import format_bytes, format_count
+from bursar.units import format_bytes, format_count, format_rate
 
 DTYPES = ("fp32", "tf32", "bf16", "fp8")
 
