@@ -50,7 +50,7 @@ def test_models_lists_every_preset_and_json_has_exact_parameters(capsys):
     assert found == {name: preset(name).parameters() for name in known_models()}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3-8b", "cruncher", "resnet50", "gpt2:L=2,d=256"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3-8b", "cruncher", "resnet50", "gpt2:L=2,d=192"])
 def test_a_models_page_has_its_parameters(capsys, name):
     code, out, _ = ask(capsys, "models", name)
     assert code == 0
