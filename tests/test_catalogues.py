@@ -5,18 +5,8 @@ import json
 import pytest
 
 from bursar.architecture import known_models, preset
-from bursar.cli import main
 from bursar.hardware import accelerators
-
-
-def ask(capsys, *argv):
-    try:
-        main(list(argv))
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
+from command import ask
 
 
 def test_hardware_lists_every_accelerator_within_80_columns(capsys, monkeypatch):

@@ -4,19 +4,13 @@ import sys
 
 import pytest
 
-from bursar.cli import main
 from bursar.errors import BadInput
+from command import ask
 
 
 def ran(capsys, *words):
     """Exit code, stdout and stderr of ``bursar op``."""
-    code = 0
-    try:
-        main(["op", *words])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
+    return ask(capsys, "op", *words)
 
 
 def answered(capsys, *words):

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import bursar
-from bursar.cli import main
 from bursar.errors import BadInput, MissingExtra, UnknownName
 from bursar.optimizers import OPTIMIZERS, family_tree
 from bursar.trace import tracing
 from bursar.workload import optimizers
+from command import ask
 
 NAMES = list(OPTIMIZERS)
 
@@ -237,16 +237,6 @@ def test_the_race_starts_everyone_at_the_same_loss():
 
 
 # ---- the command
-
-
-def ask(capsys, *argv):
-    try:
-        main(list(argv))
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_the_list_names_all_with_their_rule_and_source(capsys):

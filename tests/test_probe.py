@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from bursar.cli import main
 from bursar.errors import BadInput, MissingExtra, UnknownName
 from bursar.probe import SCHEMES, Place, compare, fan, initialise, probe
 from bursar.probe.check import checks
@@ -18,6 +17,7 @@ from bursar.probe.sweep import parse_depths
 from bursar.probe.theory import moments
 from bursar.report import probe as page
 from bursar.workload.modules.small import Linear
+from command import ask
 
 N_IN, N_OUT = 16384, 32  # the notes' layer
 
@@ -38,13 +38,7 @@ def found():
 
 def ran(capsys, *words):
     """Exit code, stdout and stderr of ``bursar probe``."""
-    code = 0
-    try:
-        main(["probe", *words])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, out, err
+    return ask(capsys, "probe", *words)
 
 
 def row(found, scheme, where, quantity="output E[y²]"):

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import bursar
-from bursar.cli import main
 from bursar.errors import BadInput, DataDependent, UnknownName
 from bursar.report.gradients import layers
 from bursar.report.record import step_record
 from bursar.rules import KINDS
+from command import ask
 
 CONFIGS = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 1000, "n_positions": 128,
@@ -74,17 +74,6 @@ def config(tmp_path: Path):
         return str(path)
 
     return write
-
-
-def ask(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command."""
-    try:
-        main(list(argv))
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def record(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:

@@ -25,6 +25,7 @@ from bursar.probe.theory import Call, Signal
 from bursar.probe.verdict import ERRORS, Evidence, judge
 from bursar.report.probe import Layer, Probe
 from bursar.units import format_count
+from bursar.workload.resolve import tensors_in
 
 MAX_PARAMETERS = 10**9  # with a copy and gradients 12 GB in fp32
 LEARNING_RATE = 1e-3
@@ -99,7 +100,7 @@ def random_direction(model: nn.Module, batch: Any) -> Tensor:
     found = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
     if isinstance(found, Tensor):
         return found
-    floats = [t for t in _tensors(out) if t.is_floating_point()]
+    floats = [t for t in tensors_in(out) if t.is_floating_point()]
     if not floats:
         raise BadInput("the model's output has no tensor of floats, so there is no signal to probe")
     first = next((t for t in floats if t.requires_grad), floats[0])
@@ -301,16 +302,6 @@ def _mark(tensor: Tensor, signal: Signal) -> None:
     tensor._bursar_signal = signal  # type: ignore[attr-defined]
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for v in value.values() for t in _tensors(v)]
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in _tensors(v)]
-    return []
-
-
 class _Watch(TorchFunctionMode):
     """Sees every torch function of a forward pass, carries the signals along and fills the rows."""
 
@@ -356,7 +347,7 @@ class _Watch(TorchFunctionMode):
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         index = self._open.pop()
         self._busy = True
-        found = next((t for t in _tensors(output) if t.is_floating_point()), None)
+        found = next((t for t in tensors_in(output) if t.is_floating_point()), None)
         if found is not None:
             self._fill(index, found)
         self._busy = False
@@ -392,7 +383,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").strip("_") if func.__name__ != "__get__" else "get"
-        inputs = tuple(s for t in _tensors((args, kwargs)) if (s := theory.signal_of(t)) is not None)
+        inputs = tuple(s for t in tensors_in((args, kwargs)) if (s := theory.signal_of(t)) is not None)
         output = func(*args, **kwargs)
         if self._busy or not isinstance(output, (Tensor, tuple, list)):
             return output
@@ -404,7 +395,7 @@ class _Watch(TorchFunctionMode):
         return output
 
     def _see(self, name: str, func: Any, args: Any, kwargs: Any, output: Any, inputs: tuple[Signal, ...]) -> None:
-        outputs = [t for t in _tensors(output) if t.is_floating_point()]
+        outputs = [t for t in tensors_in(output) if t.is_floating_point()]
         if not outputs:
             return
         if name in theory.VIEWS:
@@ -414,7 +405,7 @@ class _Watch(TorchFunctionMode):
                 if (
                     weight is not None
                     and name == "getitem"
-                    and any(not x.is_floating_point() for x in _tensors(args[1]))
+                    and any(not x.is_floating_point() for x in tensors_in(args[1]))
                 ):
                     second = theory.second_moment(t)  # a table read by its rows
                     _mark(t, Signal(second, theory.independent(t)[1], reference=second))

@@ -145,7 +145,7 @@ class Session:
                 self.register(module)
                 name = self.names[id(module)]
         if not recorder.depth and not recorder.backward_depth:
-            samples, tokens = _batch_of(args, kwargs)
+            samples, tokens = size_of_batch((*args, *kwargs.values()))
             self._calls.append((len(recorder.rows), samples, tokens))
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -441,9 +441,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _batch_of(args: Any, kwargs: Any) -> tuple[int, int]:
-    """Samples and tokens of a call: integers of shape (B, S) are tokens, anything else one token per sample."""
-    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+def size_of_batch(tensors: Iterable[Any]) -> tuple[int, int]:
+    """Samples and tokens of a call by its first tensor: integers of shape (B, S) are tokens, else one per sample."""
+    first = next((t for t in tensors if isinstance(t, torch.Tensor)), None)
     if first is None or not first.dim():
         return 0, 0
     is_tokens = first.dim() == 2 and not first.is_floating_point()

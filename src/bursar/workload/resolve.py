@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -195,7 +194,7 @@ def loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     found = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
     if isinstance(found, Tensor):
         return found
-    tensors = _tensors(out)
+    tensors = tensors_in(out)
     scalar = next((t for t in tensors if t.dim() == 0 and t.requires_grad), None)
     if scalar is not None:
         return scalar
@@ -205,21 +204,12 @@ def loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     return floats[0].float().mean()
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a batch or an output, dicts, lists and tuples opened."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
-        return [t for v in value.values() for t in _tensors(v)]
+        return [t for v in value.values() for t in tensors_in(v)]
     if isinstance(value, (list, tuple)):
-        return [t for v in value for t in _tensors(v)]
+        return [t for v in value for t in tensors_in(v)]
     return []
-
-
-def size_of_batch(batch: Any) -> tuple[int, int]:
-    """(samples, tokens) of a batch: its first tensor's rows, and its integers' count where they are (B, S)."""
-    found = _tensors(batch)
-    if not found or not found[0].dim():
-        return 0, 0
-    first = found[0]
-    is_tokens = first.dim() == 2 and not first.is_floating_point()
-    return first.shape[0], math.prod(first.shape) if is_tokens else first.shape[0]

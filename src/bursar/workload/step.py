@@ -17,8 +17,9 @@ from bursar.hardware import cluster
 from bursar.ledger import Ledger, Step
 from bursar.trace import Session
 from bursar.trace.patches import Undo
+from bursar.trace.session import size_of_batch
 from bursar.workload import optimizers
-from bursar.workload.resolve import Workload, from_callable, loss_of_output, resolve, size_of_batch
+from bursar.workload.resolve import Workload, from_callable, loss_of_output, resolve, tensors_in
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")
 RECOMPUTE = ("none", "selective", "full")
@@ -121,7 +122,7 @@ def run(
             module.to(torch.bfloat16)
             batch = _cast(batch, torch.bfloat16)
         session.register(module)
-        for tensor in _each(batch):
+        for tensor in tensors_in(batch):
             session.recorder.adopt(tensor, "inputs", "batch")
         if recompute == "full":
             session.checkpointed = _blocks(module)
@@ -149,7 +150,9 @@ def run(
             session.mark()
             one_step()
     ledger = session.ledger
-    samples, tokens = size_of_batch(batch) if work.samples is None else (work.samples, work.tokens or work.samples)
+    samples, tokens = (
+        size_of_batch(tensors_in(batch)) if work.samples is None else (work.samples, work.tokens or work.samples)
+    )
     notes = _assumptions(work, precision, optimizer, recompute, replicas, ledger, zero_grad == "none")
     return dataclasses.replace(
         ledger,
@@ -217,15 +220,8 @@ def fake_copies(device: torch.device) -> Any:
 
 
 def _has_real(module: nn.Module, batch: Any) -> bool:
-    tensors = [*module.parameters(), *module.buffers(), *_each(batch)]
+    tensors = [*module.parameters(), *module.buffers(), *tensors_in(batch)]
     return any(not isinstance(t, FakeTensor) for t in tensors)
-
-
-def _each(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch]
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return [t for v in values for t in _each(v)]
 
 
 def _map(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
