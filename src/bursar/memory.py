@@ -28,7 +28,7 @@ CLASSES = ("parameters", "gradients", "optimizer_state", "activations", "tempora
 class Storage:
     """One allocation. Mutable while the step runs; `memory_class` is settled when it ends."""
 
-    __slots__ = ("freed_in", "freed_row", "index", "made_outside", "memory_class", "module", "n_bytes", "name", "op",
+    __slots__ = ("freed_in", "index", "made_outside", "memory_class", "module", "n_bytes", "name", "op",
                  "phase", "row", "saved", "weight_copy")  # fmt: skip
 
     def __init__(self, index: int, n_bytes: int, row: int) -> None:
@@ -41,7 +41,6 @@ class Storage:
         self.saved = False  # autograd keeps it for backward
         self.made_outside = False  # by a factory outside every module: a batch, most likely
         self.weight_copy = False  # a parameter in another dtype, as autocast makes it
-        self.freed_row: int | None = None
         self.freed_in = ""
 
     def settle(self) -> None:

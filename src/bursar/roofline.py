@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from bursar.hardware import Accelerator, Cluster
 from bursar.ledger import Ledger, Row
@@ -61,11 +60,6 @@ class Forecast:
     def fits(self) -> bool:
         """Whether the peak fits one device."""
         return self.peak_bytes <= self.usable_bytes
-
-    @cached_property
-    def headroom_bytes(self) -> int:
-        """What is left at the peak; negative when it does not fit."""
-        return self.usable_bytes - self.peak_bytes
 
 
 def op_seconds(row: Row, device: Accelerator) -> tuple[float, float]:

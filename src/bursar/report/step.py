@@ -50,7 +50,7 @@ def render(
         yield gradients_rules(ledger)
     yield from _memory(ledger)
     if forecast is not None:
-        yield from _time(forecast, explain)
+        yield from _time(forecast)
     yield from _modules(ledger)
     if flops.uncounted:
         yield table(
@@ -201,7 +201,7 @@ def _transformer(ledger: Ledger) -> Transformer | None:
     return shape if isinstance(shape, Transformer) and shape.parameters() == ledger.model.parameters else None
 
 
-def _time(forecast: Forecast, explain: bool) -> Iterator[Any]:
+def _time(forecast: Forecast) -> Iterator[Any]:
     cluster = forecast.cluster
     known = forecast.bound_by
     binds = max(("compute", "memory", "network"), key=lambda k: known[k])

@@ -428,7 +428,6 @@ class Recorder(TorchDispatchMode):
 
         def gone(_: Any) -> None:
             live.pop(address, None)
-            record.freed_row = len(rows) - 1
             record.freed_in = self._phase_now()
             events.append((len(rows) - 1, record.index, -record.n_bytes))
 
