@@ -21,6 +21,7 @@ from torch.utils import _device, _foreach_utils
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bursar.trace import accelerator, autocast
+from bursar.trace.values import Values
 
 _ABSENT = object()
 CUDA = torch.device("cuda", 0)
@@ -300,15 +301,25 @@ def _cuda_module(undo: Undo) -> None:
         undo.set(torch.cuda, name, lambda device=None: 0)
 
 
-def transformers_kernels(undo: Undo) -> None:
+def transformers_kernels(undo: Undo, values: Values) -> None:
     """Let transformers choose the kernels of a real run, where it is loaded.
 
-    It recognises fake tensors and, unable to look whether sequences are packed, hands attention a dense mask where real
-    tensors get ``is_causal``: more FLOPs, and no flash kernel. We say what a look would: nothing is packed.
+    It recognises fake tensors and, unable to look whether anything is masked or packed, hands attention a dense mask
+    where real tensors get ``is_causal``: more FLOPs, and no flash kernel. A tensor whose values the trace knows (made
+    of constants: positions, a mask of ones) may be looked at like a real one. Of positions that are not known we say
+    that nothing is packed.
     """
+    imports = sys.modules.get("transformers.utils.import_utils")
+    if imports is not None and imports.is_fake_tensor.__module__ == imports.__name__:
+        undo.set(imports, "is_fake_tensor", lambda x: isinstance(x, FakeTensor) and values.of(x) is None)
     masking = sys.modules.get("transformers.masking_utils")
     if masking is not None and masking.find_packed_sequence_indices.__module__ == masking.__name__:
-        undo.set(masking, "find_packed_sequence_indices", lambda position_ids: None)
+        plain = masking.find_packed_sequence_indices
+        undo.set(
+            masking,
+            "find_packed_sequence_indices",
+            lambda positions: None if imports.is_fake_tensor(positions) else plain(positions),
+        )
 
 
 def torchao_tables(optimizer: Any) -> None:

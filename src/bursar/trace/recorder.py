@@ -16,7 +16,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -24,6 +29,7 @@ from bursar import rules
 from bursar.ledger import Row
 from bursar.memory import Storage
 from bursar.rules import Op, Tensor, Work
+from bursar.trace.values import Values
 
 aten = torch.ops.aten
 _ACCUMULATE_GRAD = 2**64 - 1  # the sequence number of every AccumulateGrad node
@@ -154,6 +160,7 @@ class Recorder(TorchDispatchMode):
         self._entered_module: list[str] = [""]
         self._node_number = -1
         self._node_module = ""
+        self.values = Values()
         self.leaf_modules: dict[int, str] = {}  # storage address of a parameter -> its module
 
     # ---- what the session tells it
@@ -196,6 +203,8 @@ class Recorder(TorchDispatchMode):
                 alias = real.detach().clone() if scalar else real.detach()
                 fake = self.mode.fake_tensor_converter.from_real_tensor(self.mode, alias, make_constant=scalar)
             self._stand_ins[real] = fake
+            if type(real) is torch.Tensor and real.device.type == "cpu" and not real.is_floating_point():
+                self.values.know(fake, real)  # a literal, a table of positions: what code may look at
             if fake.fake_device.type == self.device_type and self.known(fake) is None:
                 self._storage(fake).made_outside = True
         return fake
@@ -249,13 +258,19 @@ class Recorder(TorchDispatchMode):
                 out = (info.fake or func)(*args, **kwargs)
             else:
                 out = (info.fake or func)(*args)
-        except DataDependentOutputException:
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            out = self.values.answer(func, args, kwargs)
+            if out is not NotImplemented:
+                if not info.is_view:
+                    self._record(info, node, args, kwargs, out)
+                return out
             # torch's optimizers read counters and norms: ASGD and Adafactor always; Adagrad, and before torch 2.13
             # Adam, under a default device. The number changes no cost. A bool, which may, is not made up.
             if func is _ITEM and self.phase == "optimizer" and not self.depth and args[0].dtype != torch.bool:
                 return _SOME_STEP
             raise
         if not info.is_view:
+            self.values.follow(info, func, args, kwargs, out, create=self.phase != "optimizer")
             self._record(info, node, args, kwargs, out)
         return out
 

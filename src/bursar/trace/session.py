@@ -68,7 +68,7 @@ class Session:
         """Learn the names of ``root``'s modules and the class of its parameters and buffers."""
         if id(root) in self.names:
             return
-        patches.transformers_kernels(self._patches)
+        patches.transformers_kernels(self._patches, self.recorder.values)
         self._remember(root)
         prefix = "" if not self.roots else f"{type(root).__name__}."
         self.roots.append(root)
@@ -390,6 +390,7 @@ class Session:
             self.assumptions.append(
                 f"{recorder.elsewhere} calls of ops inside modules ran on {where} and are not counted"
             )
+        self.assumptions += recorder.values.relied_on
         first_row, first_event = self._window()
         calls = self._micro_batches(first_row)
         sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in self._parameters.values()]
