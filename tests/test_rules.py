@@ -392,12 +392,17 @@ FREE_THOUGH_NO_VIEW_BY_SCHEMA = {
     "aten.detach_", "aten.squeeze_", "aten.unsqueeze_", "aten.t_", "aten.transpose_", "aten.requires_grad_",
     "aten._unsafe_view", "aten.unsafe_split", "aten.unsafe_chunk", "aten.unsafe_split_with_sizes", "aten.lift",
     # what a storage is, not what is in it
-    "aten.set_", "aten.resize_", "aten.record_stream",
+    "aten.set_", "aten.resize_", "aten.resize_as_", "aten.record_stream",
     # questions about shapes, answered on the host
     "aten.sym_size", "aten.sym_stride", "aten.sym_numel", "aten.sym_storage_offset", "aten.is_same_size",
     "aten._shape_as_tensor", "aten._nested_tensor_size", "aten._version", "aten._has_compatible_shallow_copy_type",
     # one scalar to the host
-    "aten._local_scalar_dense", "aten.is_nonzero",
+    "aten._local_scalar_dense", "aten.is_nonzero", "aten._assert_async", "aten._functional_assert_async",
+    "aten._assert_scalar", "aten._linalg_check_errors",
+    # a sparse tensor is put together of what is there, and asked for its parts; a zero tensor without memory
+    "aten._sparse_coo_tensor_unsafe", "aten._sparse_compressed_tensor_unsafe", "aten._coalesced_", "aten._nnz",
+    "aten._sparse_coo_tensor_with_dims_and_tensors", "aten.sparse_dim", "aten.dense_dim", "aten.is_coalesced",
+    "aten._efficientzerotensor",
 }  # fmt: skip
 
 
@@ -465,15 +470,11 @@ def _(x):
 @ways
 def test_ops_without_a_rule_are_named_with_their_calls_and_bytes(on):
     def run(dev):
-        x = torch.randn(6, 4, device=dev)
-        torch.linalg.svd(x, full_matrices=False)
-        twice(twice(x))
+        twice(twice(torch.randn(6, 4, device=dev)))
 
-    found = {u.op: u for u in traced(run, on).uncounted}
-    assert found["bursar_tests.twice"].calls == 2
-    assert found["bursar_tests.twice"].bytes == 2 * (6 * 4 + 6 * 4) * 4  # read and written, twice
-    assert found["aten._linalg_svd"].calls == 1
-    assert found["aten._linalg_svd"].bytes == (6 * 4 + 6 * 4 + 4 + 4 * 4) * 4  # A; U, S, V^H
+    (found,) = traced(run, on).uncounted
+    assert (found.op, found.calls) == ("bursar_tests.twice", 2)
+    assert found.bytes == 2 * (6 * 4 + 6 * 4) * 4  # read and written, twice
 
 
 def test_a_custom_op_with_a_rule_is_counted(monkeypatch):

@@ -10,10 +10,11 @@ whatever the function) and ``reduction`` (one FLOP per input element). Views and
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 KINDS = ("matmul", "attention", "conv", "elementwise", "reduction", "embedding", "collective", "copy", "optimizer")
 MODEL_KINDS = frozenset({"matmul", "attention", "conv"})  # the kinds that model and hardware FLOPs count
@@ -23,11 +24,16 @@ FLOATS = ("fp64", "fp32", "tf32", "fp16", "bf16", "fp8", "complex64", "complex12
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor as a rule sees it. ``n_bytes`` counts each stored element once, so a broadcast view is small."""
+    """A tensor as a rule sees it. ``n_bytes`` counts each stored element once, so a broadcast view is small.
+
+    ``stored`` is the number of elements that a sparse tensor holds, None for a dense one; ``n_bytes`` of a sparse
+    tensor are those of its values and indices.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     n_bytes: int
+    stored: int | None = None
 
     @property
     def numel(self) -> int:
@@ -49,6 +55,7 @@ class Work:
     written_bytes: int = 0
     recompute_flops: int = 0  # done again inside the kernel: flash attention's second QK^T in backward
     full_square_flops: int = 0  # the literature's count, where a mask makes it differ
+    assumes: str = ""  # what the count takes for granted; the ledger's assumptions carry it to the page
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Op:
             found += _tensors(self.args.get(name))
         return tuple(found)
 
-    def moving(self, flops: int = 0, *, skip: tuple[str, ...] = (), **more: int) -> Work:
+    def moving(self, flops: int = 0, *, skip: tuple[str, ...] = (), **more: Any) -> Work:
         """``flops`` with the bytes of a plain kernel: every input once but those in ``skip``, every output once.
 
         An ``out=`` tensor is an output, whatever stood in it.
@@ -110,35 +117,72 @@ class Rule:
     """A registered cost function and the kind of its op."""
 
     kind: str
-    work: Callable[[Op], Work]
+    work: Callable[[Op], Work | int]
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str, kind: str) -> Callable[[Callable[[Op], Work]], Callable[[Op], Work]]:
-    """Register the decorated function as the cost of the ops ``names`` (``"aten.mm"``).
+_Cost = TypeVar("_Cost", bound=Callable[[Op], Work | int])
 
-    Raises ValueError for a name that already has a rule, or a kind that is none.
+
+def rule(*names: str, kind: str) -> Callable[[_Cost], _Cost]:
+    """Register the decorated function as the cost of the ops ``names`` (``"mylib::op"``, or as pages print it
+    ``"mylib.op"``). It gets the `Op` and returns its FLOPs, or a `Work` where its bytes are not each input and output
+    once.
+
+    Raises ValueError for a name that is no ``library::op`` or already has a rule, or a kind that is none.
     """
     if kind not in KINDS:
         raise ValueError(f"no kind {kind!r}; the kinds are {', '.join(KINDS)}")
+    dotted = [name.removeprefix("torch.ops.").replace("::", ".") for name in names]
+    for name in dotted:
+        if name.count(".") != 1 or not all(name.split(".")):
+            raise ValueError(f"{name!r} is no op's name; write library::op, without the overload, as in 'mylib::my_op'")
+        if name in RULES:
+            raise ValueError(f"{name} already has a rule, {RULES[name].work.__name__}")
 
-    def register(work: Callable[[Op], Work]) -> Callable[[Op], Work]:
-        for name in names:
-            if name in RULES:
-                raise ValueError(f"{name} already has a rule, {RULES[name].work.__name__}")
+    def register(work: _Cost) -> _Cost:
+        for name in dotted:
             RULES[name] = Rule(kind, work)
         return work
 
     return register
 
 
+def three_lines(name: str) -> str:
+    """The Python that gives the op ``name`` a rule, for pages and errors to print.
+
+    >>> print(three_lines("mylib.twice"))
+    @bursar.rule("mylib::twice", kind="elementwise")
+    def twice(op):
+        return op.output.numel  # FLOPs, a multiply and an add being two; op.inputs and op["argument"] have .shape
+    """
+    library, _, base = name.partition(".")
+    function = base if base.isidentifier() else "work"
+    return (f'@bursar.rule("{library}::{base}", kind="elementwise")\ndef {function}(op):\n'
+            "    return op.output.numel  # FLOPs, a multiply and an add being two; "
+            'op.inputs and op["argument"] have .shape')  # fmt: skip
+
+
+def find(name: str) -> Rule | None:
+    """The rule of an op; one in place has that of its twin where it has none of its own."""
+    return RULES.get(name) or (RULES.get(name[:-1]) if name.endswith("_") else None)
+
+
 def cost(op: Op) -> tuple[str, Work] | None:
-    """The kind and work of ``op``, or None when nothing is known about it."""
-    found = RULES.get(op.name)
+    """The kind and work of ``op``, or None when nothing is known about it.
+
+    A product of complex numbers is 8 FLOPs per multiply-add, four times a real one's 2.
+    """
+    found = find(op.name)
     if found is not None:
-        return found.kind, found.work(op)
+        work = found.work(op)
+        if not isinstance(work, Work):
+            work = op.moving(operator.index(work))
+        if found.kind in MODEL_KINDS and work.flops and any(t.dtype.startswith("complex") for t in op.inputs):
+            work = replace(work, flops=4 * work.flops)
+        return found.kind, work
     if "pointwise" in op.tags:
         return "elementwise", elementwise.pointwise(op)
     if "reduction" in op.tags:
@@ -146,8 +190,23 @@ def cost(op: Op) -> tuple[str, Work] | None:
     return None
 
 
-from bursar.rules import attention, conv, copy, elementwise, embedding, matmul, norm, reduction  # noqa: E402  (fills RULES)
+from bursar.rules import (  # noqa: E402  # noqa: E402  (the imports fill RULES)
+    attention,
+    conv,
+    copy,
+    elementwise,
+    embedding,
+    fft,
+    linalg,
+    matmul,
+    norm,
+    recurrent,
+    reduction,
+    sampling,
+    sparse,
+)
 from bursar.rules.copy import FREE  # noqa: E402
 
 __all__ = ["FREE", "KINDS", "MODEL_KINDS", "PHASES", "RULES", "Op", "Rule", "Tensor", "Work", "attention", "conv",
-           "copy", "cost", "elementwise", "embedding", "matmul", "norm", "reduction", "rule"]  # fmt: skip
+           "copy", "cost", "elementwise", "embedding", "fft", "find", "linalg", "matmul", "norm", "recurrent",
+           "reduction", "rule", "sampling", "sparse", "three_lines"]  # fmt: skip

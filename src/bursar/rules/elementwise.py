@@ -30,17 +30,47 @@ def lerp(op: Op) -> Work:
     return pointwise(op, 3)
 
 
-UNTAGGED = ("mish_backward elu_backward hardswish hardswish_ hardswish_backward _prelu_kernel _prelu_kernel_backward "
-            "leaky_relu_backward hardtanh_backward hardsigmoid_backward softplus_backward softshrink_backward "
+UNTAGGED = ("mish mish_backward elu elu_backward celu hardswish hardswish_backward _prelu_kernel "
+            "_prelu_kernel_backward leaky_relu leaky_relu_backward hardtanh hardtanh_backward hardsigmoid "
+            "hardsigmoid_backward softplus softplus_backward softshrink softshrink_backward hardshrink "
             "hardshrink_backward log_sigmoid_forward log_sigmoid_backward glu glu_backward rrelu_with_noise "
-            "huber_loss_backward smooth_l1_loss_backward binary_cross_entropy_backward polar "
-            "complex where").split()  # fmt: skip
+            "rrelu_with_noise_backward rrelu_with_noise_functional huber_loss_backward smooth_l1_loss_backward "
+            "binary_cross_entropy_backward soft_margin_loss_backward polar complex where add sub rsub mul div "
+            "floor_divide remainder bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift "
+            "__lshift__ __rshift__ abs eq ne lt le gt ge relu gelu gelu_backward threshold threshold_backward isinf "
+            "isnan isin bucketize searchsorted copysign heaviside gcd lcm xlogy _add_relu _conj_physical "
+            "quantize_per_tensor quantize_per_channel quantize_per_tensor_dynamic").split()  # fmt: skip
 
 
 @rule(*(f"aten.{name}" for name in UNTAGGED), kind="elementwise")
 def untagged(op: Op) -> Work:
     """Pointwise, though torch (2.13) does not tag them so."""
     return pointwise(op)
+
+
+QUANTIZERS = ("fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask "
+              "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams _fake_quantize_learnable_per_tensor_affine "
+              "_fake_quantize_learnable_per_channel_affine _fused_moving_avg_obs_fq_helper "
+              "_fake_quantize_learnable_per_tensor_affine_backward "
+              "_fake_quantize_learnable_per_channel_affine_backward").split()  # fmt: skip
+
+
+@rule(*(f"aten.{name}" for name in QUANTIZERS), kind="elementwise")
+def fake_quantize(op: Op) -> Work:
+    """Divide, round, shift, clamp, and back: 5 per element."""
+    return op.moving(5 * op.output.numel)
+
+
+@rule("aten.linalg_cross", kind="elementwise")
+def cross(op: Op) -> Work:
+    """Each of three components a·b - c·d: 3 per element."""
+    return pointwise(op, 3)
+
+
+@rule("aten.renorm", "aten.embedding_renorm_", kind="elementwise")
+def renorm(op: Op) -> Work:
+    """A norm 2, and a scale 1: 3 per element."""
+    return op.moving(3 * op.inputs[0].numel)
 
 
 @rule("aten.masked_fill", "aten.masked_fill_", kind="elementwise")
@@ -117,6 +147,12 @@ def fused_sgd(op: Op) -> Work:
 def fused_adagrad(op: Op) -> Work:
     """Square and add 2, root, eps, division 3, update 2 per parameter."""
     return _fused(op, 7 * sum(t.numel for t in op["self"]))
+
+
+@rule("aten._amp_update_scale_", kind="elementwise")
+def update_scale(op: Op) -> Work:
+    """The loss scaler's one number."""
+    return op.moving(1)
 
 
 @rule("aten._amp_foreach_non_finite_check_and_unscale_", kind="elementwise")
