@@ -96,6 +96,18 @@ def _fake_rms_norm_backward(grad: Any, x: Any, shape: Any, rstd: Any, weight: An
     return (torch.empty_like(x) if mask[0] else None), (torch.empty_like(weight) if mask[1] else None)
 
 
+def _fake_grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Shapes alone: torch's own insists on bf16, where CUDA multiplies any floats. Two 2-D operands give one product
+    per group; else the groups share the rows of ``a`` or the columns of ``b``."""
+    if a.dim() == b.dim() == 2:
+        shape = (offs.shape[0], a.shape[0], b.shape[1])
+    elif a.dim() == b.dim():
+        shape = (a.shape[0], a.shape[1], b.shape[2])
+    else:
+        shape = (a.shape[-2], b.shape[-1])
+    return torch.empty(shape, dtype=out_dtype or a.dtype, device=a.fake_device)
+
+
 def _fake_like_second(grad: Any, x: Any) -> Any:
     return torch.empty_like(x)
 
@@ -121,6 +133,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "aten._to_copy": _fake_to_copy,
     "aten._fused_rms_norm": _fake_rms_norm,
     "aten._fused_rms_norm_backward": _fake_rms_norm_backward,
+    "aten._grouped_mm": _fake_grouped_mm,
     "aten.silu_backward": _fake_like_second,
     "aten.mish_backward": _fake_like_second,
     "aten.native_channel_shuffle": lambda x, groups: torch.empty_like(x),
