@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    UnsupportedOperatorException,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
@@ -29,6 +30,7 @@ from bursar import rules
 from bursar.ledger import Row
 from bursar.memory import Storage
 from bursar.rules import Op, Tensor, Work
+from bursar.trace.fakes import FAKES, SPARSE, bound, is_sparse, parts
 from bursar.trace.values import Values
 
 aten = torch.ops.aten
@@ -82,64 +84,9 @@ class _OpInfo:
         self.returns_new = any(a is None for a in aliases)
         self.free = self.is_view or self.name in rules.FREE
         self.tags = frozenset(str(t).split(".")[-1] for t in func.tags)
-        self.fake = _FAKES.get(self.name)
+        self.fake = FAKES.get(self.name)
         found = rules.RULES.get(self.name)
         self.makes_inputs = self.name == "aten._to_copy" or (found is not None and found.work is rules.copy.fill)
-
-
-def _fake_rms_norm(x: Any, shape: Any, weight: Any, eps: Any) -> Any:
-    rstd = torch.empty((*x.shape[: x.dim() - len(shape)], *[1] * len(shape)), dtype=torch.float32, device=x.fake_device)
-    return torch.empty_like(x), rstd
-
-
-def _fake_rms_norm_backward(grad: Any, x: Any, shape: Any, rstd: Any, weight: Any, mask: Any) -> Any:
-    return (torch.empty_like(x) if mask[0] else None), (torch.empty_like(weight) if mask[1] else None)
-
-
-def _fake_grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
-    """Shapes alone: torch's own insists on bf16, where CUDA multiplies any floats. Two 2-D operands give one product
-    per group; else the groups share the rows of ``a`` or the columns of ``b``."""
-    if a.dim() == b.dim() == 2:
-        shape = (offs.shape[0], a.shape[0], b.shape[1])
-    elif a.dim() == b.dim():
-        shape = (a.shape[0], a.shape[1], b.shape[2])
-    else:
-        shape = (a.shape[-2], b.shape[-1])
-    return torch.empty(shape, dtype=out_dtype or a.dtype, device=a.fake_device)
-
-
-def _fake_like_second(grad: Any, x: Any) -> Any:
-    return torch.empty_like(x)
-
-
-def _fake_nothing(*args: Any, **kwargs: Any) -> None:
-    """An op that only writes in place."""
-
-
-def _fake_to_copy(x: Any, **kwargs: Any) -> Any:
-    """Move a small constant without its value, which torch would try to make on the fake accelerator."""
-    constant = getattr(x, "constant", None)
-    if constant is None or kwargs.get("device") in (None, torch.device("cpu")):
-        return aten._to_copy.default(x, **kwargs)
-    x.constant = None
-    try:
-        return aten._to_copy.default(x, **kwargs)
-    finally:
-        x.constant = constant
-
-
-# Ops that torch's fake tensors do not know, or do wrongly, on this device
-_FAKES: dict[str, Callable[..., Any]] = {
-    "aten._to_copy": _fake_to_copy,
-    "aten._fused_rms_norm": _fake_rms_norm,
-    "aten._fused_rms_norm_backward": _fake_rms_norm_backward,
-    "aten._grouped_mm": _fake_grouped_mm,
-    "aten.silu_backward": _fake_like_second,
-    "aten.mish_backward": _fake_like_second,
-    "aten.native_channel_shuffle": lambda x, groups: torch.empty_like(x),
-    "aten._fused_sgd_": _fake_nothing,
-    "aten._fused_adagrad_": _fake_nothing,
-}
 
 
 class Recorder(TorchDispatchMode):
@@ -167,6 +114,7 @@ class Recorder(TorchDispatchMode):
         self.backward_at_depth = 0
         self._live: dict[int, tuple[Storage, Any]] = {}
         self._stand_ins: Any = WeakIdKeyDictionary()  # real tensor -> fake tensor
+        self._stored: Any = WeakIdKeyDictionary()  # sparse tensor -> elements it holds
         self._infos: dict[Any, _OpInfo] = {}
         self._costs: dict[Any, _Priced] = {}
         self._entered: list[int] = [0]  # autograd sequence numbers at which the module changed, and to what
@@ -190,6 +138,12 @@ class Recorder(TorchDispatchMode):
 
     def adopt(self, tensor: torch.Tensor, memory_class: str, name: str = "") -> None:
         """Count ``tensor``'s storage as ``memory_class`` from now on, whoever made it."""
+        if is_sparse(tensor):
+            self.muted += 1
+            for part in parts(tensor):
+                self.adopt(part, memory_class, name)
+            self.muted -= 1
+            return
         if type(tensor) in REAL and tensor.device.type == self.device_type:
             tensor = self.stand_in(tensor)
         if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.device_type:
@@ -201,6 +155,8 @@ class Recorder(TorchDispatchMode):
     def known(self, tensor: torch.Tensor) -> Storage | None:
         """The record of ``tensor``'s storage, if it is on this device and alive."""
         fake = self._stand_ins.get(tensor) if type(tensor) in REAL else tensor
+        if is_sparse(fake):
+            return None  # its parts are known
         found = self._live.get(fake.untyped_storage()._cdata) if fake is not None else None
         return found[0] if found else None
 
@@ -271,8 +227,14 @@ class Recorder(TorchDispatchMode):
                 out = (info.fake or func)(*args, **kwargs)
             else:
                 out = (info.fake or func)(*args)
+        except UnsupportedOperatorException:
+            if info.name not in SPARSE:
+                raise
+            out = SPARSE[info.name](*args, **(kwargs or {}))
         except (DataDependentOutputException, DynamicOutputShapeException):
             out = self.values.answer(func, args, kwargs)
+            if out is NotImplemented:
+                out = bound(info.name, args, kwargs)
             if out is not NotImplemented:
                 if not info.is_view:
                     self._record(info, node, args, kwargs, out)
@@ -282,10 +244,23 @@ class Recorder(TorchDispatchMode):
             if func is _ITEM and self.phase == "optimizer" and not self.depth and args[0].dtype != torch.bool:
                 return _SOME_STEP
             raise
+        if is_sparse(out):
+            self._stored[out] = self._elements_stored(out, args, kwargs)
         if not info.is_view:
-            self.values.follow(info, func, args, kwargs, out, create=self.phase != "optimizer")
+            if not (self._stored and (is_sparse(out) or any(map(is_sparse, args)))):
+                self.values.follow(info, func, args, kwargs, out, create=self.phase != "optimizer")
             self._record(info, node, args, kwargs, out)
+            if info.name in _RESIZES and isinstance(out, FakeTensor):
+                self.resized(out.untyped_storage()._cdata, out.untyped_storage().nbytes())
         return out
+
+    def _elements_stored(self, tensor: torch.Tensor, args: Any, kwargs: Any) -> int:
+        """How many elements a sparse result holds: torch's fakes forget it in most ops, so its operands' tell."""
+        counts = [n for t in _flat((args, tuple((kwargs or {}).values()))) if (n := self._stored.get(t)) is not None]
+        values = [t.shape[0] for t in args if isinstance(t, torch.Tensor) and t.layout is torch.strided and t.dim()]
+        if counts or not values:
+            return max(counts, default=0)
+        return values[-1] if len(values) > 1 else tensor.numel()  # of indices and values; of a dense tensor
 
     def _record(self, info: _OpInfo, node: Any, args: Any, kwargs: Any, out: Any) -> None:
         seen: dict[int, None] = {}
@@ -352,7 +327,7 @@ class Recorder(TorchDispatchMode):
 
     def _reads_weight(self, args: Any) -> bool:
         for a in args:
-            if isinstance(a, torch.Tensor):
+            if isinstance(a, torch.Tensor) and not is_sparse(a):
                 found = self._live.get(a.untyped_storage()._cdata)
                 if found is not None and (found[0].memory_class == "parameters" or found[0].weight_copy):
                     return True
@@ -365,6 +340,8 @@ class Recorder(TorchDispatchMode):
             if id(value) in seen:  # a kernel reads each distinct input once
                 return (value.shape, "again", value.dtype)
             seen[id(value)] = None
+            if is_sparse(value):
+                return (value.shape, self._stored.get(value), value.dtype)
             return (value.shape, value.stride(), value.dtype)
         if isinstance(value, (list, tuple)):
             return tuple([self._signature(v, seen, here) for v in value])
@@ -396,6 +373,10 @@ class Recorder(TorchDispatchMode):
             again = id(value) in seen
             seen[id(value)] = None
             shape = tuple(value.shape)
+            if is_sparse(value):  # values, and an index of 8 bytes per dimension
+                held = self._stored.get(value, 0)
+                n_bytes = 0 if again else held * (value.element_size() + 8 * len(shape))
+                return Tensor(shape, dtype_name(value.dtype), n_bytes, held)
             stored = math.prod(n for n, stride in zip(shape, value.stride(), strict=True) if stride != 0)
             return Tensor(shape, dtype_name(value.dtype), 0 if again else stored * value.element_size())
         if isinstance(value, (list, tuple)):
@@ -433,6 +414,8 @@ class Recorder(TorchDispatchMode):
     # ---- storages
 
     def _allocate(self, tensor: torch.Tensor, row: int, phase: str, module: str, info: _OpInfo) -> int:
+        if is_sparse(tensor):
+            return 0  # its parts were made before it
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._live:
@@ -495,6 +478,7 @@ class Recorder(TorchDispatchMode):
 
 
 _NOTHING = Work()
+_RESIZES = frozenset({"aten.resize_", "aten.resize_as_"})
 _KEEP_KIND = rules.MODEL_KINDS | {"uncounted"}  # in the optimizer phase the other kinds become "optimizer"
 _saved_by_type: dict[type, list[str]] = {}
 
@@ -505,6 +489,14 @@ def _any_real(values: Iterable[Any]) -> bool:
         if kind in REAL or ((kind is list or kind is tuple) and value and _any_real(value)):
             return True
     return False
+
+
+def _flat(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _flat(value)
 
 
 def _saved_attributes(node: Any) -> list[str]:

@@ -391,6 +391,7 @@ class Session:
                 f"{recorder.elsewhere} calls of ops inside modules ran on {where} and are not counted"
             )
         self.assumptions += recorder.values.relied_on
+        self.assumptions += dict.fromkeys(row.work.assumes for row in recorder.rows if row.work.assumes)
         first_row, first_event = self._window()
         calls = self._micro_batches(first_row)
         sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in self._parameters.values()]

@@ -53,8 +53,12 @@ class Values:
 
     def of(self, tensor: Any) -> torch.Tensor | None:
         """The values of ``tensor``, on the host, or None where they are not known. Do not write to it."""
-        buffer = self._buffers.get(tensor.untyped_storage()._cdata) if self._buffers else None
+        if not self._buffers or tensor.layout is not torch.strided:  # a sparse tensor has no one storage
+            return None
+        buffer = self._buffers.get(tensor.untyped_storage()._cdata)
         if buffer is None or buffer.data.dtype != tensor.dtype:
+            return None
+        if tensor.untyped_storage().nbytes() > buffer.data.nbytes:  # grown since by resize_
             return None
         with no_dispatch():
             return buffer.data.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
