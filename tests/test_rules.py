@@ -402,7 +402,7 @@ FREE_THOUGH_NO_VIEW_BY_SCHEMA = {
     # a sparse tensor is put together of what is there, and asked for its parts; a zero tensor without memory
     "aten._sparse_coo_tensor_unsafe", "aten._sparse_compressed_tensor_unsafe", "aten._coalesced_", "aten._nnz",
     "aten._sparse_coo_tensor_with_dims_and_tensors", "aten.sparse_dim", "aten.dense_dim", "aten.is_coalesced",
-    "aten._efficientzerotensor",
+    "aten._efficientzerotensor", "aten.sparse_compressed_tensor",
 }  # fmt: skip
 
 

@@ -130,6 +130,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "aten.fractional_max_pool3d_backward": _like_second,
     "aten._efficient_attention_backward": _efficient_attention_backward,
     "aten._ctc_loss": _ctc_loss,
+    "aten.sparse_compressed_tensor": lambda *args, **kwargs: _compressed(*args, **kwargs),
+    "aten._sparse_compressed_tensor_unsafe": lambda *args, **kwargs: _compressed(*args, **kwargs),
 }
 
 
@@ -193,6 +195,25 @@ SPARSE: dict[str, Callable[..., Any]] = {
     "aten._sparse_mm": _product,
     "aten._sparse_addmm": lambda x, a, b, **kwargs: _product(a, b),
     "aten.addmm": lambda x, a, b, **kwargs: _product(a, b),
-    "aten.sparse_compressed_tensor": _compressed,
-    "aten._sparse_compressed_tensor_unsafe": _compressed,
+    "aten._to_sparse": lambda x, *args, **kwargs: torch.empty(
+        x.shape, dtype=x.dtype, layout=kwargs.get("layout") or torch.sparse_coo, device=x.fake_device
+    ),
 }
+
+
+def elements_stored(name: str, result: torch.Tensor, args: Any, of: Callable[[Any], int | None]) -> int:
+    """How many elements a sparse ``result`` holds; ``of`` says it of a sparse operand. torch's fakes forget it."""
+    if name in ("aten._embedding_bag_backward", "aten._embedding_bag_sparse_backward"):
+        return int(args[1].numel() * result.shape[-1])  # a row per index
+    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+    held = [n for t in tensors if (n := of(t)) is not None]
+    if held:
+        return max(held)
+    return tensors[-1].numel() if tensors else 0  # made of indices and values, the last; or of a dense tensor
+
+
+def index_bytes(x: torch.Tensor, held: int) -> int:
+    """8 bytes per stored row and sparse dimension in COO; in CSR one index per element, and where each row starts."""
+    if x.layout is torch.sparse_coo:
+        return held // max(1, math.prod(x.shape[x.sparse_dim() :])) * 8 * x.sparse_dim()
+    return 8 * (held + x.shape[-2] + 1)

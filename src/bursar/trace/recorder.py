@@ -30,7 +30,7 @@ from bursar import rules
 from bursar.ledger import Row
 from bursar.memory import Storage
 from bursar.rules import Op, Tensor, Work
-from bursar.trace.fakes import FAKES, SPARSE, bound, is_sparse, parts
+from bursar.trace.fakes import FAKES, SPARSE, bound, elements_stored, index_bytes, is_sparse, parts
 from bursar.trace.values import Values
 
 aten = torch.ops.aten
@@ -245,22 +245,14 @@ class Recorder(TorchDispatchMode):
                 return _SOME_STEP
             raise
         if is_sparse(out):
-            self._stored[out] = self._elements_stored(out, args, kwargs)
+            self._stored[out] = elements_stored(info.name, out, args, self._stored.get)
         if not info.is_view:
-            if not (self._stored and (is_sparse(out) or any(map(is_sparse, args)))):
+            if not self._stored or not (is_sparse(out) or any(map(is_sparse, args))):
                 self.values.follow(info, func, args, kwargs, out, create=self.phase != "optimizer")
             self._record(info, node, args, kwargs, out)
             if info.name in _RESIZES and isinstance(out, FakeTensor):
                 self.resized(out.untyped_storage()._cdata, out.untyped_storage().nbytes())
         return out
-
-    def _elements_stored(self, tensor: torch.Tensor, args: Any, kwargs: Any) -> int:
-        """How many elements a sparse result holds: torch's fakes forget it in most ops, so its operands' tell."""
-        counts = [n for t in _flat((args, tuple((kwargs or {}).values()))) if (n := self._stored.get(t)) is not None]
-        values = [t.shape[0] for t in args if isinstance(t, torch.Tensor) and t.layout is torch.strided and t.dim()]
-        if counts or not values:
-            return max(counts, default=0)
-        return values[-1] if len(values) > 1 else tensor.numel()  # of indices and values; of a dense tensor
 
     def _record(self, info: _OpInfo, node: Any, args: Any, kwargs: Any, out: Any) -> None:
         seen: dict[int, None] = {}
@@ -373,9 +365,9 @@ class Recorder(TorchDispatchMode):
             again = id(value) in seen
             seen[id(value)] = None
             shape = tuple(value.shape)
-            if is_sparse(value):  # values, and an index of 8 bytes per dimension
+            if is_sparse(value):
                 held = self._stored.get(value, 0)
-                n_bytes = 0 if again else held * (value.element_size() + 8 * len(shape))
+                n_bytes = 0 if again else held * value.element_size() + index_bytes(value, held)
                 return Tensor(shape, dtype_name(value.dtype), n_bytes, held)
             stored = math.prod(n for n, stride in zip(shape, value.stride(), strict=True) if stride != 0)
             return Tensor(shape, dtype_name(value.dtype), 0 if again else stored * value.element_size())
@@ -489,14 +481,6 @@ def _any_real(values: Iterable[Any]) -> bool:
         if kind in REAL or ((kind is list or kind is tuple) and value and _any_real(value)):
             return True
     return False
-
-
-def _flat(values: Iterable[Any]) -> Iterable[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _flat(value)
 
 
 def _saved_attributes(node: Any) -> list[str]:
