@@ -62,6 +62,15 @@ def _gru_cell_backward(grad_hy: Any, workspace: Any, has_bias: bool) -> Any:
     return _empty(grad_hy, *gates), _empty(grad_hy, *gates), torch.empty_like(grad_hy), *biases
 
 
+def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """torch's own insists on bf16 (2.13), where CUDA multiplies any floats. (rows, k) by one (k, n) per group, or two
+    matrices whose inner dimension the groups share: one (m, n) each."""
+    if a.dim() == b.dim():
+        shape = (offs.shape[0] if a.dim() == 2 else a.shape[0], a.shape[-2], b.shape[-1])
+        return _empty(a, *shape, dtype=out_dtype or a.dtype)
+    return _empty(a, a.shape[-2], b.shape[-1], dtype=out_dtype or a.dtype)
+
+
 def _geqrf(x: Any) -> Any:
     return torch.empty_like(x), _empty(x, *x.shape[:-2], min(x.shape[-2:]))
 
@@ -119,6 +128,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "aten._fused_adagrad_": _nothing,
     "aten._thnn_fused_gru_cell": _gru_cell,
     "aten._thnn_fused_gru_cell_backward": _gru_cell_backward,
+    "aten._grouped_mm": _grouped_mm,
     "aten.geqrf": _geqrf,
     "aten.linalg_lstsq": _lstsq,
     "aten.histogram": _histogram,
@@ -130,6 +140,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "aten.fractional_max_pool3d_backward": _like_second,
     "aten._efficient_attention_backward": _efficient_attention_backward,
     "aten._ctc_loss": _ctc_loss,
+    "aten._ctc_loss_backward": _like_second,
     "aten.sparse_compressed_tensor": lambda *args, **kwargs: _compressed(*args, **kwargs),
     "aten._sparse_compressed_tensor_unsafe": lambda *args, **kwargs: _compressed(*args, **kwargs),
 }
