@@ -396,6 +396,7 @@ FREE_THOUGH_NO_VIEW_BY_SCHEMA = {
     # questions about shapes, answered on the host
     "aten.sym_size", "aten.sym_stride", "aten.sym_numel", "aten.sym_storage_offset", "aten.is_same_size",
     "aten._shape_as_tensor", "aten._nested_tensor_size", "aten._version", "aten._has_compatible_shallow_copy_type",
+    "aten._has_same_storage_numel",
     # one scalar to the host
     "aten._local_scalar_dense", "aten.is_nonzero", "aten._assert_async", "aten._functional_assert_async",
     "aten._assert_scalar", "aten._linalg_check_errors",

@@ -5,7 +5,10 @@ B batch, H query heads, S queries, T keys, d head size (dv of the values).
 
 from __future__ import annotations
 
-from bursar.rules import Op, Work, rule
+import math
+from dataclasses import replace
+
+from bursar.rules import Op, Tensor, Work, rule
 
 
 def pairs(S: int, T: int, causal: bool = False, left: int | None = None, right: int | None = None) -> int:
@@ -41,6 +44,15 @@ def attend(op: Op, heads: int, S: int, T: int, d: int, dv: int, backward: bool, 
     return op.moving(2 * forward, recompute_flops=2 * heads * seen * d, full_square_flops=2 * square)
 
 
+def attend_pairs(op: Op, seen: int, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> Work:
+    """As `attend`, of a kernel that visits ``seen`` pairs over all its samples and heads, which need not be alike."""
+    square = math.prod(q.shape[:-1]) * k.shape[-2]
+    forward, whole = (2 * n * (q.shape[-1] + v.shape[-1]) for n in (seen, square))
+    if not backward:
+        return op.moving(forward, full_square_flops=whole)
+    return op.moving(2 * forward, recompute_flops=2 * seen * q.shape[-1], full_square_flops=2 * whole)
+
+
 def _sdpa(op: Op, backward: bool) -> Work:
     (B, H, S, d), (_, _, T, _), dv = op["query"].shape, op["key"].shape, op["value"].shape[-1]
     return attend(op, B * H, S, T, d, dv, backward, causal=bool(op["is_causal"]))
@@ -72,6 +84,9 @@ def sdpa_backward(op: Op) -> Work:
     return _sdpa(op, backward=True)
 
 
+PACKED = "packed sequences are taken to be of equal length: their lengths are data"
+
+
 def _dense_or_packed(op: Op, backward: bool) -> Work:
     """(B, S, H, d), or packed (total, H, d) with cumulative lengths: then sequences of equal length are assumed."""
     q, k, v = op["query"].shape, op["key"].shape, op["value"].shape
@@ -86,8 +101,9 @@ def _dense_or_packed(op: Op, backward: bool) -> Work:
     causal = bool(op["is_causal"]) or op["custom_mask_type"] in (1, 2)  # 1 top-left, 2 bottom-right
     window = op["window_size"]
     left = window - 1 if window else (left if left is not None and left >= 0 else None)
-    return attend(op, B * H, S, T, d, dv, backward, causal=causal, left=left,
+    work = attend(op, B * H, S, T, d, dv, backward, causal=causal, left=left,
                   right=right if right is not None and right >= 0 else None)  # fmt: skip
+    return work if starts is None or B == 1 else replace(work, assumes=PACKED)
 
 
 @rule("aten._flash_attention_forward", "aten._efficient_attention_forward", kind="attention")
@@ -100,3 +116,15 @@ def packed(op: Op) -> Work:
 def packed_backward(op: Op) -> Work:
     """Twice forward, and the scores once more."""
     return _dense_or_packed(op, backward=True)
+
+
+@rule("bursar.flex_attention", kind="attention")
+def flex_attention(op: Op) -> Work:
+    """2·pairs·(d + dv), the pairs those that the mask function lets through."""
+    return attend_pairs(op, op["pairs"], op["query"], op["key"], op["value"], backward=False)
+
+
+@rule("bursar.flex_attention_backward", kind="attention")
+def flex_attention_backward(op: Op) -> Work:
+    """Twice forward, and the scores once more."""
+    return attend_pairs(op, op["pairs"], op["query"], op["key"], op["value"], backward=True)

@@ -21,7 +21,7 @@ FREE = frozenset(
     aten._functional_assert_async aten._assert_scalar aten._sparse_coo_tensor_with_dims_and_tensors
     aten._efficientzerotensor aten._indices aten._values aten.is_coalesced aten._coalesced_ aten._nnz
     aten.sparse_dim aten.dense_dim aten._sparse_coo_tensor_unsafe aten._sparse_compressed_tensor_unsafe
-    aten.sparse_compressed_tensor
+    aten.sparse_compressed_tensor aten._has_same_storage_numel
     """.split()
 )
 

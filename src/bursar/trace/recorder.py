@@ -138,6 +138,7 @@ class Recorder(TorchDispatchMode):
 
     def adopt(self, tensor: torch.Tensor, memory_class: str, name: str = "") -> None:
         """Count ``tensor``'s storage as ``memory_class`` from now on, whoever made it."""
+        tensor = unwrapped(tensor)
         if is_sparse(tensor):
             self.muted += 1
             for part in parts(tensor):
@@ -473,6 +474,13 @@ _NOTHING = Work()
 _RESIZES = frozenset({"aten.resize_", "aten.resize_as_"})
 _KEEP_KIND = rules.MODEL_KINDS | {"uncounted"}  # in the optimizer phase the other kinds become "optimizer"
 _saved_by_type: dict[type, list[str]] = {}
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor under the wrappers of torch.func's transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _any_real(values: Iterable[Any]) -> bool:

@@ -22,8 +22,8 @@ import bursar
 from bursar.errors import BursarError
 from bursar.ledger import Ledger, Model, Step
 from bursar.memory import Textbook
-from bursar.trace import accelerator, compat, failures, patches
-from bursar.trace.recorder import REAL, Recorder
+from bursar.trace import accelerator, compat, failures, higher_order, patches
+from bursar.trace.recorder import REAL, Recorder, unwrapped
 
 
 class Session:
@@ -83,6 +83,7 @@ class Session:
                     self.recorder.adopt(buffer, "buffers", f"{prefix}{name}.{key}".lstrip("."))
 
     def _parameter(self, parameter: torch.Tensor, module: str, name: str) -> None:
+        parameter = unwrapped(parameter)
         self._parameters.setdefault(id(parameter), parameter)
         self._own_grad(parameter)
         self.recorder.adopt(parameter, "parameters", name)
@@ -282,7 +283,7 @@ class Session:
             stack.callback(setattr, quiet, "disabled", quiet.disabled)
             quiet.disabled = True
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*(pin_memory|data pointer of FakeTensor)")
+                warnings.filterwarnings("ignore", message=".*(pin_memory|data pointer of FakeTensor|flex_attention called without)")
                 stack.enter_context(torch.compiler.set_stance("force_eager"))  # torchao compiles its steps itself
                 stack.enter_context(self.mode)
                 stack.enter_context(self.recorder)
@@ -343,6 +344,7 @@ class Session:
 
         undo.set(torch.optim.Optimizer, "zero_grad", traced_zero_grad)
         compat.truncated_normal(undo)
+        higher_order.patch(undo, self.recorder)
         module_zero_grad = torch.nn.Module.zero_grad
 
         def traced_module_zero_grad(module: torch.nn.Module, set_to_none: bool = True) -> None:
