@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bursar.ledger import Ledger
+    from bursar.rules import rule
     from bursar.run import Run, solve
     from bursar.trace import tracing
     from bursar.workload.step import step
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Ledger": ("bursar.ledger", "Ledger"),
     "Run": ("bursar.run", "Run"),
+    "rule": ("bursar.rules", "rule"),
     "solve": ("bursar.run", "solve"),
     "step": ("bursar.workload.step", "step"),
     "tracing": ("bursar.trace", "tracing"),
@@ -48,4 +50,4 @@ def __getattr__(name: str) -> Any:
     return found
 
 
-__all__ = ["Ledger", "Run", "__version__", "solve", "step", "tracing"]
+__all__ = ["Ledger", "Run", "__version__", "rule", "solve", "step", "tracing"]

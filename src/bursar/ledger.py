@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bursar import memory
 from bursar.errors import BadInput
 from bursar.memory import Memory, Storage, Textbook
-from bursar.rules import KINDS, MODEL_KINDS, Work
+from bursar.rules import KINDS, MODEL_KINDS, Work, three_lines
 
 if TYPE_CHECKING:
     import polars
@@ -49,6 +49,11 @@ class Uncounted:
     op: str
     calls: int
     bytes: int
+
+    @property
+    def fix(self) -> str:
+        """The three lines of Python that count it."""
+        return three_lines(self.op)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,9 @@ def render(
             ("op", "calls", "bytes"),
             [(u.op, str(u.calls), format_bytes(u.bytes)) for u in flops.uncounted],
         )
+        yield line("To count them, put such a rule where your model is defined, and import bursar there:")
+        for u in flops.uncounted:
+            yield line(u.fix)
     if explain:
         yield from _explain(ledger, forecast)
     yield line("Assumptions", style="bold")

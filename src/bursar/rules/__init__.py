@@ -156,13 +156,12 @@ def three_lines(name: str) -> str:
     >>> print(three_lines("mylib.twice"))
     @bursar.rule("mylib::twice", kind="elementwise")
     def twice(op):
-        return op.output.numel  # FLOPs, a multiply and an add being two; op.inputs and op["argument"] have .shape
+        return op.output.numel  # FLOPs; arguments by name: op["x"].shape
     """
     library, _, base = name.partition(".")
     function = base if base.isidentifier() else "work"
     return (f'@bursar.rule("{library}::{base}", kind="elementwise")\ndef {function}(op):\n'
-            "    return op.output.numel  # FLOPs, a multiply and an add being two; "
-            'op.inputs and op["argument"] have .shape')  # fmt: skip
+            '    return op.output.numel  # FLOPs; arguments by name: op["x"].shape')  # fmt: skip
 
 
 def find(name: str) -> Rule | None:

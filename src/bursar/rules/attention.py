@@ -90,7 +90,7 @@ PACKED = "packed sequences are taken to be of equal length: their lengths are da
 def _dense_or_packed(op: Op, backward: bool) -> Work:
     """(B, S, H, d), or packed (total, H, d) with cumulative lengths: then sequences of equal length are assumed."""
     q, k, v = op["query"].shape, op["key"].shape, op["value"].shape
-    starts = next((op[n] for n in ("cum_seq_q", "cu_seqlens_q", "cumulative_sequence_length_q") if op[n]), None)
+    starts = next((op[n] for n in ("cum_seq_q", "cu_seqlens_q", "cu_seq_q") if op[n]), None)
     H, d, dv = q[-2], q[-1], v[-1]
     if len(q) == 3 or starts is not None:
         B = starts.shape[0] - 1 if starts is not None else 1
@@ -100,19 +100,25 @@ def _dense_or_packed(op: Op, backward: bool) -> Work:
     left, right = op["window_size_left"], op["window_size_right"]
     causal = bool(op["is_causal"]) or op["custom_mask_type"] in (1, 2)  # 1 top-left, 2 bottom-right
     window = op["window_size"]
-    left = window - 1 if window else (left if left is not None and left >= 0 else None)
+    if isinstance(window, (list, tuple)):
+        left, right = window
+    elif window:
+        left = window - 1
+    left = left if left is not None and left >= 0 else None
     work = attend(op, B * H, S, T, d, dv, backward, causal=causal, left=left,
                   right=right if right is not None and right >= 0 else None)  # fmt: skip
     return work if starts is None or B == 1 else replace(work, assumes=PACKED)
 
 
-@rule("aten._flash_attention_forward", "aten._efficient_attention_forward", kind="attention")
+@rule("aten._flash_attention_forward", "aten._efficient_attention_forward", "torch_attn._varlen_attn",
+      "aten._flash_attention_forward_no_dropout_inplace", kind="attention")  # fmt: skip
 def packed(op: Op) -> Work:
     """The kernels under SDPA, called directly: heads after the sequence, windows, packed sequences."""
     return _dense_or_packed(op, backward=False)
 
 
-@rule("aten._flash_attention_backward", "aten._efficient_attention_backward", kind="attention")
+@rule("aten._flash_attention_backward", "aten._efficient_attention_backward", "torch_attn._varlen_attn_backward",
+      kind="attention")  # fmt: skip
 def packed_backward(op: Op) -> Work:
     """Twice forward, and the scores once more."""
     return _dense_or_packed(op, backward=True)
@@ -128,3 +134,25 @@ def flex_attention(op: Op) -> Work:
 def flex_attention_backward(op: Op) -> Work:
     """Twice forward, and the scores once more."""
     return attend_pairs(op, op["pairs"], op["query"], op["key"], op["value"], backward=True)
+
+
+def _encoder(op: Op, tokens: int, S: int, weights: int, heads: int, d: int) -> Work:
+    """Each token meets every element of the weight matrices; each head its S x S pairs, whatever the mask."""
+    samples = tokens // max(1, S)
+    return op.moving(2 * tokens * weights + 4 * samples * heads * S * S * d)
+
+
+@rule("aten._transformer_encoder_layer_fwd", kind="matmul")
+def encoder_layer(op: Op) -> Work:
+    """A whole encoder layer as one kernel (eval's fast path): qkv, scores and values, projection, two of the ffn."""
+    x, heads = op["src"], op["num_heads"]
+    weights = sum(op[n].numel for n in ("qkv_weight", "proj_weight", "ffn_weight_1", "ffn_weight_2"))
+    return _encoder(op, x.numel // x.shape[-1], x.shape[-2], weights, heads, op["embed_dim"] // heads)
+
+
+@rule("aten._native_multi_head_attention", kind="matmul")
+def multi_head_attention(op: Op) -> Work:
+    """qkv, scores and values, projection as one kernel."""
+    x, heads = op["query"], op["num_head"]
+    weights = op["qkv_weight"].numel + op["proj_weight"].numel
+    return _encoder(op, x.numel // x.shape[-1], x.shape[-2], weights, heads, op["embed_dim"] // heads)

@@ -58,6 +58,7 @@ class _OpInfo:
 
     __slots__ = (
         "arg_names",
+        "asked",
         "defaults",
         "fake",
         "free",
@@ -77,6 +78,9 @@ class _OpInfo:
         # prim.* and profiler.* are torch talking to itself, half of the stream of a fake step
         self.ignored = namespace in ("prim", "profiler")
         self.arg_names = [a.name for a in schema.arguments]
+        self.asked = _ASKED.get(self.name)
+        if self.asked:
+            self.arg_names.append("output_mask")
         self.defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
         self.writes = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
         aliases = [r.alias_info for r in schema.returns]
@@ -288,6 +292,10 @@ class Recorder(TorchDispatchMode):
             allocated += self._allocate(t, row_number, phase, module, info)
         if info.free and not allocated:
             return
+        if info.asked and node is not None:  # as other ops' schemas say themselves
+            asked = tuple(node.next_functions[i][0] is not None for i in info.asked)
+            kwargs = {**(kwargs or {}), "output_mask": asked}
+            key.append(asked)
         kind, work, dtype, shapes, dtypes = self._priced(tuple(key), info, args, kwargs, outs)
         if phase == "optimizer" and kind not in _KEEP_KIND:
             kind = "optimizer"
@@ -470,6 +478,8 @@ class Recorder(TorchDispatchMode):
         return leaves
 
 
+# Backward ops that do not hear which gradients are wanted: the places of the input and the first state among forward's
+_ASKED = {"aten.mkldnn_rnn_layer_backward": (0, 5)}
 _NOTHING = Work()
 _RESIZES = frozenset({"aten.resize_", "aten.resize_as_"})
 _KEEP_KIND = rules.MODEL_KINDS | {"uncounted"}  # in the optimizer phase the other kinds become "optimizer"

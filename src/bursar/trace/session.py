@@ -283,7 +283,8 @@ class Session:
             stack.callback(setattr, quiet, "disabled", quiet.disabled)
             quiet.disabled = True
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*(pin_memory|data pointer of FakeTensor|flex_attention called without)")
+                warnings.filterwarnings("ignore", message=".*(pin_memory|data pointer of FakeTensor)")
+                warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
                 stack.enter_context(torch.compiler.set_stance("force_eager"))  # torchao compiles its steps itself
                 stack.enter_context(self.mode)
                 stack.enter_context(self.recorder)
