@@ -60,7 +60,7 @@ def render(
         )
         yield line("To count them, put such a rule where your model is defined, and import bursar there:")
         for u in flops.uncounted:
-            yield line(u.fix)
+            yield from map(line, u.fix.splitlines())
     if explain:
         yield from _explain(ledger, forecast)
     yield line("Assumptions", style="bold")

@@ -1,4 +1,4 @@
-"""torch's higher-order operators, whose arguments are functions: loops run, branches weighed, flex attention by its pairs.
+"""torch's higher-order operators, whose arguments are functions: loops run, branches weighed, attention by its mask.
 
 `torch.compile` keeps them whole; eager torch runs their bodies, and so does a trace, above autograd, where they are
 ordinary code. Two things are data and not code. How often a `while_loop` goes round is found by running its condition,
@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bursar.errors import TraceFailed
 from bursar import rules
+from bursar.errors import TraceFailed
 from bursar.ledger import Row
 from bursar.rules import Op
 
