@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from bursar.train import config, data, loop
+from bursar.train import config, loop
 from bursar.train.step import make
+from bursar.workload import samples
 
 STEPS, SKIPPED = 100, 5
 TABLE = {"model": "gpt2:L=2,d=128,h=4,V=256,T=128", "data": "text.txt", "seq_len": 64, "steps": STEPS, "batch_size": 16,
@@ -30,7 +31,7 @@ class ByHand:
 
     def __init__(self, made: config.Config, folder: Path) -> None:
         trainee = make(made, torch.device("cpu"))
-        self.made, self.draw, self.kept = made, data.source(made, folder), []
+        self.made, self.draw, self.kept = made, samples.source(made.preset, made.seed, made.sequence, folder), []
         self.model, self.optimizer = trainee.module, trainee.optimizer
 
     def step(self, step: int) -> float:
@@ -74,11 +75,10 @@ def main() -> None:
     """Print one line a run, and the summary."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     torch.set_num_threads(1)
-    loop.progress = lambda text: None
     ratios = []
     with tempfile.TemporaryDirectory() as name:
         folder, made = Path(name), config.decode(TABLE, Path(__file__).parent.parent / "examples")
-        data.prepare(made, folder)
+        samples.prepare(made.preset, made.text, made.tokenizer, made.sequence, folder)
         for run in range(runs):
             found = pairs(made, folder)
             ratios.append(statistics.median(a / b for a, b in found))

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from bursar import files, ranks
 from bursar.cli import main
 from bursar.errors import BadInput, NoAnswer
-from bursar.train import checkpoint, config, data, loop, parallel, step
+from bursar.train import checkpoint, config, loop, step
+from bursar.workload import samples
+from bursar.workload import text as texts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 GPT = {"model": "gpt2:L=2,d=32,h=2,V=256,T=32", "data": "text.txt", "steps": 20, "batch_size": 4, "seq_len": 16,
@@ -101,7 +104,7 @@ def test_the_schedule_warms_up_and_ends_at_its_share(tmp_path):
 
 
 def test_two_processes_and_layout_single_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "ranks", 2)
+    monkeypatch.setattr(ranks, "count", 2)
     with pytest.raises(BadInput, match="2 processes and layout = 'single'"):
         run(tmp_path, CRUNCHER)
 
@@ -122,9 +125,8 @@ def test_missing_text_few_tokens_and_a_small_vocabulary_are_said(text):
 
 
 def test_targets_are_the_tokens_shifted_by_one_and_a_batch_depends_on_seed_and_step_alone(text):
-    made = config.decode(GPT, text)
-    data.prepare(made, text)
-    draw = data.source(made, text)
+    assert texts.tokenise(text / "text.txt", "bytes", 256, text) == 95 * 40
+    draw = samples.from_tokens(text / "tokens.npy", 0, 16)
     x, y = draw(3, 5)
     assert x.shape == y.shape == (5, 16)
     assert torch.equal(x[:, 1:], y[:, :-1])
@@ -135,10 +137,7 @@ def test_targets_are_the_tokens_shifted_by_one_and_a_batch_depends_on_seed_and_s
 def test_a_bpe_is_trained_on_the_text_and_gives_it_back(text):
     tokenizers = pytest.importorskip("tokenizers")
     (text / "prose.txt").write_text((EXAMPLES / "text.txt").read_text()[:20_000])
-    made = config.decode(
-        {**GPT, "model": "gpt2:L=1,d=32,h=2,V=400,T=32", "data": "prose.txt", "tokenizer": "bpe"}, text
-    )
-    data.prepare(made, text)
+    texts.tokenise(text / "prose.txt", "bpe", 400, text)
     ids = np.load(text / "tokens.npy")
     assert ids.max() < 400
     assert len(ids) < 20_000 / 2
@@ -240,7 +239,7 @@ def test_accumulated_micro_batches_are_one_batch(text):
 def test_an_infinite_loss_stops_the_run_and_nothing_of_it_is_saved(tmp_path):
     with pytest.raises(NoAnswer, match=r"the loss of step \d+ is (inf|nan).*last good checkpoint is none"):
         run(tmp_path, {**CRUNCHER, "optimizer": "sgd", "lr": 1e12, "steps": 500, "schedule": "constant"})
-    assert checkpoint.pointer(tmp_path / "run") == ""
+    assert files.latest(tmp_path / "run") == ""
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
@@ -338,14 +337,17 @@ def test_a_corrupt_checkpoint_is_passed_over_and_said_so(text):
 
 def test_foreign_folders_are_no_checkpoints(text):
     (text / "run" / "step-00000003").mkdir(parents=True)
-    with pytest.raises(BadInput, match=r"no good checkpoint to resume: .*step-00000003 is no checkpoint of bursar"):
+    with pytest.raises(
+        BadInput,
+        match=r"no good checkpoint to resume: .*step-00000003 has no manifest.json of format bursar-checkpoint-1",
+    ):
         run(text, GPT, resume=True)
 
 
 def test_the_newest_are_kept(text):
     run(text, {**GPT, "keep": 2})
     assert sorted(p.name for p in (text / "run").glob("step-*")) == ["step-00000015", "step-00000020"]
-    assert checkpoint.pointer(text / "run") == "step-00000020"
+    assert files.latest(text / "run") == "step-00000020"
 
 
 @pytest.mark.parametrize("where", ["shard", "manifest"])
@@ -359,7 +361,10 @@ def test_a_full_disk_is_an_error_and_the_old_checkpoint_stands(text, monkeypatch
         if where == "shard":
             patch.setattr(checkpoint.filesystem.FileSystemWriter, "write_data", full)
         else:
-            patch.setattr(checkpoint, "_write", full)
+            plain = files.write
+            patch.setattr(
+                files, "write", lambda path, text: full() if path.name == "manifest.json" else plain(path, text)
+            )
         with pytest.raises(NoAnswer, match=r"cannot save .*No space left on device; the last good .* step-00000005"):
             run(text, GPT, resume=True)
     assert not list((text / "run").glob(".saving*"))
@@ -373,6 +378,7 @@ KILLER = """
     import torch
     torch.set_num_threads(1)
     from bursar.errors import BadInput
+    from bursar import files
     from bursar.train import checkpoint, config, loop
     import torch.optim, torch.distributed.checkpoint.state_dict, torch.profiler
 
@@ -381,18 +387,19 @@ KILLER = """
     (folder / "run").mkdir()
 
     def child(pipe):
-        plain_update, plain_write = loop.update, checkpoint._write
+        plain_update, plain_write = loop.update, files.write
         def update(*args, **kwargs):
             out = plain_update(*args, **kwargs)
             os.write(pipe, b"%d\\n" % (args[3] + 1))
             time.sleep(0.002)
             return out
         def write(path, text):  # the manifest, and the pointer
-            os.write(pipe, b"saving\\n")
-            time.sleep(0.03)
+            save = path.name in ("manifest.json", "latest")
+            os.write(pipe, b"saving\\n" * save)
+            time.sleep(0.03 * save)
             plain_write(path, text)
-            os.write(pipe, b"saved\\n")
-        loop.update, checkpoint._write = update, write
+            os.write(pipe, b"saved\\n" * save)
+        loop.update, files.write = update, write
         sys.stderr = open(os.devnull, "w")
         loop.train(made, "run", folder / "run", resume=True)
 

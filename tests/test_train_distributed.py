@@ -107,4 +107,4 @@ def test_a_rank_that_is_gone_is_named_and_nobody_waits_for_ever(tmp_path, patch,
     assert done.returncode != 0
     assert "rank 0 waited for rank 1 of 2, which is gone or hangs" in done.stderr
     assert time.monotonic() - began < 50
-    assert sorted(p.name for p in (tmp_path / "gone").glob("*.partial")) == []
+    assert sorted(p.name for p in (tmp_path / "gone").glob("*.new")) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -43,15 +44,23 @@ def train(
         from bursar.errors import BadInput
 
         raise BadInput(f"--max-steps {max_steps} trains nothing; give 1 or more")
+    from bursar import ranks
     from bursar.train import config as configs
-    from bursar.train import loop, parallel
+    from bursar.train import loop
 
     def say(text: str) -> None:
-        if parallel.rank == 0:
+        if ranks.mine == 0:
             common.warn([text])
 
-    record = loop.train(configs.read(config), config.stem, out, max_steps, resume=resume, dry_run=dry_run, say=say)
-    if parallel.rank:
+    def progress(text: str) -> None:  # rewritten on a terminal, a line each in a pipe
+        if ranks.mine == 0:
+            live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+            print(f"\r\x1b[K{text}" if live else text, end="" if live else "\n", file=sys.stderr, flush=True)
+
+    record = loop.train(
+        configs.read(config), config.stem, out, max_steps, resume=resume, dry_run=dry_run, say=say, progress=progress
+    )
+    if ranks.mine:
         return
     if sys.stderr.isatty():
         print(file=sys.stderr)  # leave the progress line

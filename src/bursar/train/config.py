@@ -55,6 +55,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return presets.build(self.model)
 
     @property
+    def text(self) -> Path | None:
+        """The text to train on; None for synthetic data."""
+        return Path(self.data) if self.data else None
+
+    @property
     def optimizer_name(self) -> str:
         """The optimizer asked for, else the preset's."""
         return self.optimizer or self.preset.default_optimizer

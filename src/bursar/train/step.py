@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bursar import ranks
 from bursar.errors import BadInput
-from bursar.train import parallel
 from bursar.train.config import Config
-from bursar.train.data import Batch
 from bursar.workload import optimizers
-from bursar.workload.step import _blocks
+from bursar.workload.samples import Batch
+from bursar.workload.step import FiniteScaler, _blocks
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}
 
@@ -44,26 +45,28 @@ def make(config: Config, device: torch.device, scaler: Any = None) -> Trainee:
     if config.precision == "bf16":
         module.to(torch.bfloat16)
     blocks = _repeated(module) if config.recompute_every or config.layout == "fsdp" else []
-    for block in blocks[:: config.recompute_every or len(blocks) + 1] if config.recompute_every else ():
+    if config.recompute_every and not blocks:
+        raise BadInput(f"recompute = {config.recompute!r} needs repeated blocks, and {config.model} has none")
+    for block in blocks[:: config.recompute_every] if config.recompute_every else ():
         # No preset draws random numbers in forward, so no random state (5 kB a block) is kept for backward
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    module = parallel.lay_out(module, blocks, config.layout, device)
-    optimizer = optimizers.build(config.optimizer_name, [p for p in module.parameters() if p.requires_grad])
-    for group in optimizer.param_groups:
-        if config.weight_decay is not None and "weight_decay" not in group:
-            raise BadInput(f"{config.optimizer_name} has no weight decay; leave weight_decay out")
-        if config.weight_decay is not None:
-            group["weight_decay"] = config.weight_decay
+    module = ranks.lay_out(module, blocks, config.layout, device)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    settings = {"lr": config.lr, "weight_decay": config.weight_decay}
+    optimizer = optimizers.build(config.optimizer_name, trained, module=module, **settings)
     if config.precision == "fp16-mixed" and scaler is None:
         scaler = torch.amp.GradScaler(device.type)
-    peak = config.lr if config.lr is not None else float(optimizer.param_groups[0]["lr"])
+    peak = float(optimizer.param_groups[0]["lr"])
     run = torch.compile(module) if config.compile else module
     return Trainee(module, run, preset.loss, optimizer, scaler, peak, device)
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
-    found = _blocks(module)
-    return [m for m in module.modules() if id(m) in found]
+    """The alike members of its lists: what is checkpointed, and sharded, one by one."""
+    with contextlib.suppress(BadInput):
+        found = _blocks(module)
+        return [m for m in module.modules() if id(m) in found]
+    return []
 
 
 def mean_over(loss: Tensor, micro_batches: int) -> Tensor:
@@ -71,13 +74,32 @@ def mean_over(loss: Tensor, micro_batches: int) -> Tensor:
     return loss / micro_batches
 
 
+def cast(config: Config, batch: Batch) -> Batch:
+    """Features in the dtype of the model's weights."""
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in batch)
+
+
+def gradients(config: Config, t: Trainee, batch: Batch) -> Tensor:
+    """Forward and backward of this rank's samples, one micro-batch after the other: their mean loss, detached."""
+    size, mixed = config.batch_size, _AUTOCAST.get(config.precision)
+    n, total = len(batch[0]) // size, None
+    for i in range(n):
+        micro = tuple(x[i * size : (i + 1) * size] for x in batch)
+        with ranks.synchronised(t.module, last=i == n - 1):
+            with torch.autocast(batch[0].device.type, mixed) if mixed else contextlib.nullcontext():
+                loss = mean_over(t.loss(t.run, micro), n) if n > 1 else t.loss(t.run, micro)
+            (t.scaler.scale(loss) if t.scaler else loss).backward()
+        total = loss.detach() if total is None else total + loss.detach()
+        del loss
+    assert total is not None
+    return total
+
+
 def update(
-    config: Config, trainee: Trainee, batch: Batch, step: int, watch: Any = contextlib.nullcontext()  # noqa: B008
+    config: Config, t: Trainee, batch: Batch, step: int, watch: Any = contextlib.nullcontext()  # noqa: B008
 ) -> Tensor:  # fmt: skip
     """One step on this rank's samples: its mean loss, detached. ``watch`` stands around forward and backward."""
-    t, size = trainee, config.batch_size
-    device, cast = batch[0].device.type, _AUTOCAST.get(config.precision)
-    n, total = len(batch[0]) // size, None
     lr = config.lr_at(step, t.peak_lr)
     for group in t.optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
@@ -85,14 +107,7 @@ def update(
         else:
             group["lr"] = lr
     with watch:
-        for i in range(n):
-            micro = tuple(x[i * size : (i + 1) * size] for x in batch)
-            with parallel.synchronised(t.module, last=i == n - 1):
-                with torch.autocast(device, cast) if cast else contextlib.nullcontext():
-                    loss = mean_over(t.loss(t.run, micro), n) if n > 1 else t.loss(t.run, micro)
-                (t.scaler.scale(loss) if t.scaler else loss).backward()
-            total = loss.detach() if total is None else total + loss.detach()
-            del loss
+        loss = gradients(config, t, batch)
     if t.scaler:
         t.scaler.unscale_(t.optimizer)
     if config.clip is not None:
@@ -103,5 +118,16 @@ def update(
     else:
         t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=True)
-    assert total is not None
-    return total
+    return loss
+
+
+def rehearse(config: Config, fake: torch.device) -> nn.Module:
+    """Two eager updates of one rank on a device without data, for the forecast; the model they trained."""
+    micro = config.micro_batches(ranks.count)
+    with fake:
+        batch = config.preset.make_batch(micro * config.batch_size, config.sequence)
+    eager = msgspec.structs.replace(config, compile=False)
+    trainee = make(eager, fake, FiniteScaler(fake) if config.precision == "fp16-mixed" else None)
+    for step in range(2):
+        update(eager, trainee, cast(config, batch), step)
+    return trainee.module

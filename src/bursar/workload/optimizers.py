@@ -135,10 +135,11 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def inner(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that ``tensor`` is made of: itself, or those that ``__tensor_flatten__`` names."""
+    """The plain tensors here that ``tensor`` is made of: itself, or those that ``__tensor_flatten__`` names."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [t for name in tensor.__tensor_flatten__()[0] for t in inner(getattr(tensor, name))]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [t for part in parts if isinstance(part, Tensor) for t in inner(part)]  # a DTensor names its mesh too
 
 
 def state_tensors(made: torch.optim.Optimizer) -> dict[str, list[Tensor]]:

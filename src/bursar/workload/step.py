@@ -127,7 +127,7 @@ def run(
         if recompute == "full":
             session.checkpointed = _blocks(module)
         chosen = optimizers.build(optimizer, [p for p in module.parameters() if p.requires_grad], module=module)
-        scaler = _Scaler(device) if precision == "fp16-mixed" else None
+        scaler = FiniteScaler(device) if precision == "fp16-mixed" else None
 
         def one_step() -> None:
             for _ in range(accumulate):
@@ -290,8 +290,8 @@ def _selective(recompute: str) -> Any:
         undo.restore()
 
 
-class _Scaler:
-    """torch.amp.GradScaler's two kernels, without its look at the values (a step is assumed to be finite)."""
+class FiniteScaler:
+    """torch.amp.GradScaler's two kernels, without its look at the values: a trace has none, so a step is finite."""
 
     def __init__(self, device: torch.device) -> None:
         self._scale = torch.full((), 2.0**16, device=device)
@@ -299,8 +299,21 @@ class _Scaler:
         self._found_inf = torch.full((), 0.0, device=device)
 
     def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the scale."""
         return loss * self._scale
 
     def unscale(self, gradients: list[Tensor]) -> None:
+        """Divide ``gradients`` by the scale, in place."""
         with torch.no_grad():
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found_inf, self._inverse)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the scale, as GradScaler's method of this name."""
+        self.unscale([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step, taken."""
+        optimizer.step()
+
+    def update(self) -> None:
+        """The scale stays."""

@@ -1,9 +1,13 @@
-"""Ranks: who I am, how the model lies over all of us, and what to say when one is gone. One rank needs none of it."""
+"""The processes that `torchrun` started: who I am, how a model lies over us, what we agree on, who is gone.
+
+One process needs none of it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bursar.errors import BadInput, NoAnswer
 
-rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+mine, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
 # Were DDP's reducer the last to hold the group, it would wait for gloo's thread with the GIL, which that thread wants
 # (torch 2.13: seen once in about ten runs). An error's traceback may keep the model that long.
 _kept: list[Any] = []
@@ -38,13 +42,11 @@ def device_for(asked: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def group(layout: str, device: torch.device, timeout_seconds: float) -> Iterator[None]:
+def group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
     """Within this block the ranks can talk. Raises NoAnswer naming the ranks that are gone; never waits longer."""
-    if ranks == 1:
+    if count == 1:
         yield
         return
-    if layout == "single":
-        raise BadInput(f"{ranks} processes and layout = 'single'; give layout = 'ddp' or 'fsdp'")
     wait = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     _kept.append(dist.group.WORLD)
@@ -54,11 +56,12 @@ def group(layout: str, device: torch.device, timeout_seconds: float) -> Iterator
         if lost := _lost():
             names = ", ".join(map(str, lost))
             raise NoAnswer(
-                f"rank {rank} waited for rank {names} of {ranks}, which is gone or hangs (timeout_seconds = "
+                f"rank {mine} waited for rank {names} of {count}, which is gone or hangs (timeout_seconds = "
                 f"{timeout_seconds:g}); start the run again with --resume"
             ) from error
         raise
     finally:
+        gc.collect()  # a model is a cycle; one that outlived its group ended the process in an abort, 4 times in 16
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -67,9 +70,9 @@ def _lost() -> list[int]:
     """The ranks that do not answer through the store, which the launcher keeps."""
     store: Any = dist.distributed_c10d._get_default_store()
     try:
-        store.set(f"bursar/survivor/{rank}", "here")
+        store.set(f"bursar/survivor/{mine}", "here")
         end = time.monotonic() + _SURVIVORS_WAIT_SECONDS
-        while missing := [r for r in range(ranks) if not store.check([f"bursar/survivor/{r}"])]:
+        while missing := [r for r in range(count) if not store.check([f"bursar/survivor/{r}"])]:
             if time.monotonic() > end:
                 return missing
             time.sleep(0.05)
@@ -79,12 +82,17 @@ def _lost() -> list[int]:
 
 
 def lay_out(module: nn.Module, blocks: list[nn.Module], layout: str, device: torch.device) -> nn.Module:
-    """The module as its layout runs it: replicated (DDP) or sharded, every block and the root (FSDP2)."""
-    if ranks == 1 or not dist.is_initialized():
+    """The module as its layout runs it: replicated (DDP) or sharded, every block and the root (FSDP2).
+
+    Raises BadInput for several ranks and no layout.
+    """
+    if count > 1 and layout == "single":
+        raise BadInput(f"{count} processes and layout = 'single'; give layout = 'ddp' or 'fsdp'")
+    if count == 1 or not dist.is_initialized():
         return module
     if layout == "ddp":
         return DDP(module, gradient_as_bucket_view=True, device_ids=[device.index] if device.type == "cuda" else None)
-    mesh = init_device_mesh(device.type, (ranks,))
+    mesh = init_device_mesh(device.type, (count,))
     for part in (*blocks, module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return module
@@ -101,31 +109,25 @@ def synchronised(module: nn.Module, last: bool) -> Iterator[None]:
 
 def mean(values: Tensor) -> Tensor:
     """The mean over the ranks, the same on all of them."""
-    if ranks > 1:
+    if count > 1:
         dist.all_reduce(values)
-        values /= ranks
+        values /= count
     return values
-
-
-def agree(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if ranks == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
 
 
 def first(work: Callable[[], Any]) -> Any:
     """What ``work()`` returns on rank 0, on every rank; where it raises there, every rank raises."""
     value: Any = None
     failed: Exception | None = None
-    if rank == 0:
+    if mine == 0:
         try:
             value = work()
         except Exception as error:
             failed = error
-    value, kind, text = agree((value, type(failed).__name__, str(failed)))
+    box = [(value, type(failed).__name__, str(failed))]
+    if count > 1:
+        dist.broadcast_object_list(box, 0)
+    value, kind, text = box[0]
     if kind != "NoneType":
         raise failed or (BadInput if kind == "BadInput" else NoAnswer)(text)
     return value

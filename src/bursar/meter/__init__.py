@@ -1,0 +1,1 @@
+"""A real step measured: the FLOPs of the ops that run, the bytes they hold at their fullest."""
