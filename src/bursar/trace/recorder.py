@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bursar import rules
+from bursar.folding import Operands
 from bursar.ledger import Row
 from bursar.memory import Storage
 from bursar.rules import Op, Tensor, Work
@@ -127,6 +128,7 @@ class Recorder(TorchDispatchMode):
         self._node_module = ""
         self.values = Values()
         self.leaf_modules: dict[int, str] = {}  # storage address of a parameter -> its module
+        self.operands: dict[int, Operands] | None = None  # of rows no module owns, where the ledger is to be unfolded
 
     # ---- what the session tells it
 
@@ -140,7 +142,7 @@ class Recorder(TorchDispatchMode):
             self._entered.append(number)
             self._entered_module.append(module)
 
-    def adopt(self, tensor: torch.Tensor, memory_class: str, name: str = "") -> None:
+    def adopt(self, tensor: torch.Tensor, memory_class: str, name: str = "", owner: str = "") -> None:
         """Count ``tensor``'s storage as ``memory_class`` from now on, whoever made it."""
         tensor = unwrapped(tensor)
         if is_sparse(tensor):
@@ -156,6 +158,7 @@ class Recorder(TorchDispatchMode):
         storage = self._storage(tensor)
         storage.memory_class = memory_class
         storage.name = storage.name or name
+        storage.owner = storage.owner or owner
 
     def known(self, tensor: torch.Tensor) -> Storage | None:
         """The record of ``tensor``'s storage, if it is on this device and alive."""
@@ -304,6 +307,8 @@ class Recorder(TorchDispatchMode):
         reads_weight = kind in rules.MODEL_KINDS and self._reads_weight(args)
         if info.name == "aten._to_copy" and mine and self._reads_weight(args):
             self._live[mine[0].untyped_storage()._cdata][0].weight_copy = True
+        if self.operands is not None and not module:
+            self.operands[row_number] = self._operands(info, args, kwargs, outs)
         self.rows.append(Row(phase, kind, info.name, module, dtype, shapes, dtypes, work, allocated, reads_weight))
 
     def _priced(self, key: tuple[Any, ...], info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> _Priced:
@@ -348,7 +353,7 @@ class Recorder(TorchDispatchMode):
             return tuple([self._signature(v, seen, here) for v in value])
         return value
 
-    def _cost(self, info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> _Priced:
+    def _op(self, info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> Op:
         seen: dict[int, None] = {}
         named = dict(info.defaults)
         for name, value in zip(info.arg_names, args, strict=False):
@@ -356,9 +361,21 @@ class Recorder(TorchDispatchMode):
         for name, value in (kwargs or {}).items():
             named[name] = self._describe(value, seen)
         ordered = {name: named[name] for name in info.arg_names if name in named}
-        op = Op(
+        return Op(
             info.name, ordered, tuple(self._describe(t, {}) for t in outs), info.tags, info.writes, info.returns_new
         )
+
+    def _operands(self, info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> Operands:
+        def storage(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return self.known(value)
+            return tuple(map(storage, value)) if isinstance(value, (list, tuple)) else None
+
+        named = {**dict(zip(info.arg_names, args, strict=False)), **(kwargs or {})}
+        return Operands(self._op(info, args, kwargs, outs), {k: storage(v) for k, v in named.items()}, storage(outs))
+
+    def _cost(self, info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> _Priced:
+        op = self._op(info, args, kwargs, outs)
         dtype = next((t.dtype for t in op.inputs if t.is_float), None) or next((t.dtype for t in op.written), "none")
         if info.free:
             kind, work = "copy", _NOTHING

@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import functools
 import logging
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +21,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import bursar
 from bursar.errors import BursarError
+from bursar.folding import Trunk, Unfoldable, unfold
 from bursar.ledger import Ledger, Model, Step
 from bursar.memory import Textbook
 from bursar.trace import accelerator, compat, failures, higher_order, patches
 from bursar.trace.recorder import REAL, Recorder, unwrapped
+from bursar.trace.skim import Skim, Token, check
 
 
 class Session:
@@ -38,6 +41,9 @@ class Session:
         self.roots: list[torch.nn.Module] = []
         self.names: dict[int, str] = {}
         self.assumptions: list[str] = []
+        self._trunks: tuple[Trunk, ...] = ()
+        self.skim: Skim | None = None
+        self._expected: list[Token] | None = None  # the whole model's forward, as it was skimmed
         self.checkpointed: frozenset[int] = frozenset()  # ids of modules whose forward runs under a checkpoint
         self.steps: list[tuple[int, int, int]] = []  # (optimizer, row, event) at the end of each optimizer.step
         self._calls: list[tuple[int, int, int]] = []  # (row, samples, tokens) of each outermost forward
@@ -91,6 +97,10 @@ class Session:
         if parameter.grad is not None:
             self.recorder.adopt(parameter.grad, "gradients", name)
 
+    def _name(self, parameter: Any) -> str:
+        known = self.recorder.known(parameter) if isinstance(parameter, torch.Tensor) else None
+        return known.name if known is not None else ""
+
     # ---- a user's own module, made of real tensors: nothing of the trace may stay in it
 
     def _own_grad(self, parameter: torch.Tensor) -> None:
@@ -138,6 +148,8 @@ class Session:
     def call(self, module: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a module's forward under its name."""
         recorder = self.recorder
+        if self.skim is not None and self.skim.takes(module):
+            return self.skim.call(module, lambda *a, **k: self.call(module, forward, a, k), args, kwargs)
         name = self.names.get(id(module))
         if name is None:
             if recorder.depth:  # a module nobody registered as a child: it goes by its parent's name
@@ -211,7 +223,7 @@ class Session:
                 for parameter in (*self._parameters.values(), *self._leaves):
                     grad = parameter.grad if parameter.is_leaf else None
                     if grad is not None:
-                        recorder.adopt(grad, "gradients")
+                        recorder.adopt(grad, "gradients", owner=self._name(parameter))
                 error = accelerator.dropped_error()
                 if error is not None:
                     raise error
@@ -245,9 +257,9 @@ class Session:
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.recorder.phase = "forward"
         self.steps.append((id(optimizer), len(self.recorder.rows), len(self.recorder.events)))
-        for state in optimizer.state.values():
+        for parameter, state in optimizer.state.items():
             for tensor in _tensors(state):
-                self.recorder.adopt(tensor, "optimizer_state")
+                self.recorder.adopt(tensor, "optimizer_state", owner=self._name(parameter))
         self.recorder.after_backward = True
 
     # ---- the block
@@ -358,6 +370,41 @@ class Session:
         """The step to be kept begins here; what came before is warm-up."""
         self._first = (len(self.recorder.rows), len(self.recorder.events))
 
+    def pass_over(self, module: torch.nn.Module, trunks: Iterable[Trunk], forward: Callable[[], Any]) -> None:
+        """Run ``forward``, which calls ``module``, with the blocks of ``trunks`` skimmed: `unfolded` compares.
+
+        Twice, because a first pass may fill caches. Raises Unfoldable where blocks alike are called differently.
+        """
+        self.skim = skim = Skim(module, tuple(trunks), self.recorder.rows)
+        names, self.names = self.names, skim.names
+        try:
+            for _ in range(2):
+                skim.begin()
+                with torch.no_grad():
+                    forward()
+        finally:
+            self.skim, self.names = None, names
+            self._layer_outputs.clear()
+        if skim.failed:
+            raise Unfoldable(skim.failed)
+        self._expected = skim.tokens()
+
+    def fold(self, trunks: Iterable[Trunk]) -> None:
+        """The model is a shallow copy of one in which these trunks are deeper; `unfolded` writes that one's ledger."""
+        self._trunks = tuple(trunks)
+        self.recorder.operands = {} if self._trunks else None
+
+    def unfolded(self) -> Ledger:
+        """The ledger of the whole model. Raises Unfoldable where the copy does not repeat as it should."""
+        ledger = unfold(self.ledger, self._trunks, self.recorder.operands or {})
+        if self._expected is not None:
+            check(self._expected, ledger.rows, self._trunks)
+        return ledger
+
+    def _times(self, name: str) -> int:
+        """How often a parameter or layer of the traced model stands in the whole one."""
+        return math.prod(trunk.copies(name) for trunk in self._trunks)
+
     def _window(self) -> tuple[int, int]:
         """Where the last step begins, as a row and an event: after the step before it of the same optimizer."""
         if self._first is not None:
@@ -397,9 +444,10 @@ class Session:
         self.assumptions += dict.fromkeys(row.work.assumes for row in recorder.rows if row.work.assumes)
         first_row, first_event = self._window()
         calls = self._micro_batches(first_row)
-        sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in self._parameters.values()]
+        named = [(p, self._times(self._name(p))) for p in self._parameters.values()]
+        sizes = [(p.numel() * times, p.element_size(), p.requires_grad) for p, times in named]
         states = sum(
-            part.numel() * part.element_size()
+            part.numel() * part.element_size() * self._times(self._name(parameter))
             for optimizer in self._optimizers.values()
             for parameter, state in optimizer.state.items()
             for key, value in state.items()
@@ -409,6 +457,7 @@ class Session:
         total = sum(n for n, _, _ in sizes)
         trained = sum(n * size for n, size, wants in sizes if wants)
         self._layer_outputs.pop(self._last_layer, None)
+        outputs = sum(n_bytes * self._times(name) for name, n_bytes in self._layer_outputs.items())
         recorder.close()  # what is freed from here on is no part of the step
         return Ledger(
             recorder.rows,
@@ -420,7 +469,7 @@ class Session:
             Model(type(self.roots[0]).__name__ if self.roots else "", total,
                   sum(n for n, _, wants in sizes if wants), total),
             Step(sum(c[0] for c in calls), sum(c[1] for c in calls), len(calls)),
-            Textbook(sum(n * size for n, size, _ in sizes), sum(self._layer_outputs.values()), trained, states),
+            Textbook(sum(n * size for n, size, _ in sizes), outputs, trained, states),
             tuple(self.assumptions),
             {"bursar": bursar.__version__, "torch": str(torch.__version__)},
             self.partial,

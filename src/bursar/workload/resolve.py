@@ -34,6 +34,9 @@ class Workload:
     tokens: int | None = None
     optimizer: str = "adamw"
     assumptions: tuple[str, ...] = ()
+    active_parameters: int | None = None  # what one token passes through, where that is not all
+    depth: int = 0  # of blocks known to be alike; a ``make_shallow`` with fewer then stands for all of them
+    make_shallow: Callable[[int], tuple[nn.Module, Any]] | None = None
 
 
 def resolve(model: str, batch_size: int | None = None, seq_len: int | None = None) -> Workload:
@@ -72,7 +75,18 @@ def _preset(model: str, batch_size: int | None, seq_len: int | None) -> Workload
     def make() -> tuple[nn.Module, Any]:
         return preset.make_model(), preset.make_batch(samples, sequence)
 
-    return Workload(preset.name, make, preset.loss, samples, samples * (sequence or 1), preset.default_optimizer)
+    at_depth = preset.at_depth
+    return Workload(
+        preset.name,
+        make,
+        preset.loss,
+        samples,
+        samples * (sequence or 1),
+        preset.default_optimizer,
+        active_parameters=preset.active_parameters,
+        depth=preset.depth,
+        make_shallow=at_depth and (lambda n: (at_depth(n), preset.make_batch(samples, sequence))),
+    )
 
 
 def parameters(work: Workload) -> int:

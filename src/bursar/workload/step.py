@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bursar.errors import BadInput, UnknownName
+from bursar.folding import KEPT, Trunk, Unfoldable
 from bursar.hardware import cluster
 from bursar.ledger import Ledger, Step
 from bursar.trace import Session
 from bursar.trace.patches import Undo
 from bursar.trace.session import size_of_batch
-from bursar.workload import optimizers
+from bursar.workload import optimizers, repeats
 from bursar.workload.resolve import Workload, from_callable, loss_of_output, resolve, tensors_in
 
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-mixed", "fp16-mixed")
@@ -40,6 +43,7 @@ def step(
     on: str | None = None,
     zero_grad: str = "none",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    fold: bool = True,
 ) -> Ledger:
     """What one training step of ``model`` costs: forward, backward and optimizer, traced without running anything.
 
@@ -49,7 +53,8 @@ def step(
     ``accumulate`` the micro-batches per step. ``on`` is a catalogue name, ``"cpu"``, or None for a GPU in general;
     ``"8xh100-sxm"`` is eight data-parallel ranks. ``zero_grad`` says what becomes of the gradients after the update:
     ``"none"`` frees them, ``"zeros"`` keeps them, filled with zeros. ``loss(module, batch)`` returns the scalar to
-    differentiate; without it the model's own loss is used, else the mean of its output.
+    differentiate; without it the model's own loss is used, else the mean of its output. ``fold`` lets four of many
+    blocks alike stand for all of them, which changes no figure.
 
     Raises UnknownName and BadInput for what cannot be meant, DataDependent where forward needs a tensor's values, and
     whatever the model's own code raises.
@@ -81,7 +86,7 @@ def step(
             return first[0], batch
 
         work = dataclasses.replace(work, make=with_batch, samples=None, tokens=None)
-    return run(work, precision, optimizer or work.optimizer, recompute, accumulate, on, replicas, zero_grad)
+    return run(work, precision, optimizer or work.optimizer, recompute, accumulate, on, replicas, zero_grad, fold)
 
 
 def _check(precision: str, optimizer: str | None, recompute: str, accumulate: int, zero_grad: str) -> None:
@@ -106,14 +111,42 @@ def run(
     on: str | None = None,
     replicas: int = 1,
     zero_grad: str = "none",
+    fold: bool = True,
 ) -> Ledger:
-    """Trace two steps of ``work``, the first to make the optimizer's states and fill caches, and keep the second."""
+    """Trace two steps of ``work``, the first to make the optimizer's states and fill caches, and keep the second.
+
+    With ``fold``, of many blocks alike four are traced and stand for all (`bursar.folding`); a model that does not
+    repeat, or will not run with fewer blocks, is traced whole.
+    """
+    trunks: list[Trunk] = []
+    how = (work, precision, optimizer, recompute, accumulate, on, replicas, zero_grad)
+    try:
+        return _trace(*how, trunks if fold else None)
+    except Exception:
+        if not trunks:
+            raise
+    return _trace(*how, None)
+
+
+def _trace(
+    work: Workload,
+    precision: str,
+    optimizer: str,
+    recompute: str,
+    accumulate: int,
+    on: str | None,
+    replicas: int,
+    zero_grad: str,
+    trunks: list[Trunk] | None,
+) -> Ledger:
+    """Two steps traced, the second kept; into ``trunks`` goes what was folded (None: nothing may be)."""
     tf32 = frozenset({"matmul", "conv"}) if precision == "tf32" else frozenset[str]()
     session = Session(on, tf32)
     device = torch.device("cpu" if on == "cpu" else "cuda")
     with session.open():
         with device, fake_copies(device):
-            module, batch = work.make()
+            shallow = trunks is not None and work.depth >= repeats.LEAST and work.make_shallow
+            module, batch = shallow(KEPT) if shallow else work.make()
             module, batch = copy.deepcopy((module, batch)) if _has_real(module, batch) else (module, batch)
         module.train()
         module.to(device)
@@ -121,6 +154,14 @@ def run(
         if precision == "bf16":
             module.to(torch.bfloat16)
             batch = _cast(batch, torch.bfloat16)
+
+        def forward() -> Tensor:
+            cast = _MIXED.get(precision)
+            with torch.autocast(device.type, cast) if cast else contextlib.nullcontext():
+                return work.loss(module, batch)
+
+        if trunks is not None:
+            trunks += _fold(session, module, forward, work.depth if shallow else None)
         session.register(module)
         for tensor in tensors_in(batch):
             session.recorder.adopt(tensor, "inputs", "batch")
@@ -131,9 +172,7 @@ def run(
 
         def one_step() -> None:
             for _ in range(accumulate):
-                cast = _MIXED.get(precision)
-                with torch.autocast(device.type, cast) if cast else contextlib.nullcontext():
-                    loss = work.loss(module, batch)
+                loss = forward()
                 if accumulate > 1:
                     loss = loss / accumulate
                 if scaler is not None:
@@ -149,18 +188,39 @@ def run(
             one_step()
             session.mark()
             one_step()
-    ledger = session.ledger
+    ledger = session.unfolded() if trunks else session.ledger
     samples, tokens = (
         size_of_batch(tensors_in(batch)) if work.samples is None else (work.samples, work.tokens or work.samples)
     )
     notes = _assumptions(work, precision, optimizer, recompute, replicas, ledger, zero_grad == "none")
     return dataclasses.replace(
         ledger,
-        model=dataclasses.replace(ledger.model, name=work.name),
+        model=dataclasses.replace(
+            ledger.model, name=work.name, active_parameters=work.active_parameters or ledger.model.active_parameters
+        ),
         step=Step(samples * accumulate * replicas, tokens * accumulate * replicas, accumulate),
         replicas=replicas,
         assumptions=(*ledger.assumptions, *notes),
     )
+
+
+def _fold(session: Session, module: nn.Module, forward: Callable[[], Any], depth: int | None) -> list[Trunk]:
+    """Leave of each trunk of ``module`` four periods; of a model made shallow, say how deep it is (``depth``)."""
+    if depth is not None:
+        trunks = [dataclasses.replace(trunk, periods=depth) for trunk in repeats.find(module, KEPT)]
+    else:
+        trunks = repeats.find(module)
+        if trunks:
+            session.pass_over(module, trunks, forward)
+            taken = [weakref.ref(p) for block in repeats.shorten(module, trunks) for p in block.parameters()]
+            if any(p() is not None for p in taken) and gc.collect() and any(p() is not None for p in taken):
+                raise Unfoldable("something else holds on to the blocks left out")
+            session.assumptions += [
+                f"{t.extra * t.period} of the blocks of {t.path or 'the model'} are written from {KEPT * t.period} traced"
+                for t in trunks
+            ]
+    session.fold(trunks)
+    return trunks
 
 
 def _assumptions(
