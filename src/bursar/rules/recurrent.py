@@ -12,16 +12,15 @@ from bursar.rules import Op, Tensor, Work, rule
 
 
 def _steps(op: Op) -> tuple[int, int]:
-    """(time steps times batch, batch). A packed input is (all steps, I) and says each step's batch."""
-    x, sizes = op["input"], op["batch_sizes"]
-    if sizes:
-        return sum(sizes), max(sizes)
-    batch = x.shape[0 if op["batch_first"] else 1]
-    return x.numel // x.shape[-1], batch
+    """(time steps times batch, batch). A packed input is (all steps, I)."""
+    return op["input"].numel // op["input"].shape[-1], (op["hx"] or op["hx_"]).shape[-2]
 
 
 def _matrices(op: Op) -> list[Tensor]:
-    weights: Any = op["weight"] or [op[n] for n in ("weight0", "weight1", "weight2", "weight3", "weight4") if op[n]]
+    """The weight matrices; oneDNN's layer has two, and their biases or what stands for them after."""
+    weights: Any = op["weight"]
+    if weights is None:
+        weights = [op[n] for n in ("weight0", "weight1", "weight2") if op[n]][:2]
     return [w for w in weights if len(w.shape) == 2]
 
 

@@ -15,6 +15,7 @@ from bursar.errors import BursarError, DataDependent, TraceFailed
 _OURS = str(Path(__file__).resolve().parent.parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
 _NO_FAKE = re.compile(r"There was no fake impl registered for <CustomOpDef\((.*?)\)>")  # torch/_library/custom_ops.py
+_NO_DATA = re.compile(r"(The tensor has a non-zero number of elements, but its data is not allocated|Cannot access data)")
 _NEEDS_DATA = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 
 
@@ -39,7 +40,10 @@ def explain(error: BaseException, on: str | None) -> BursarError | None:
     """The error a user should see instead of ``error``, or None when their own is the better one."""
     module, where = getattr(error, "bursar_module", ""), user_line(error) or "an unknown line"
     func = getattr(error, "func", None) or (error.args[0] if error.args else "an op")
-    if isinstance(error, _NEEDS_DATA):
+    in_cpp = isinstance(error, RuntimeError) and _NO_DATA.match(str(error))
+    if in_cpp:
+        func = "an op"
+    if isinstance(error, _NEEDS_DATA) or in_cpp:
         return DataDependent(
             module,
             where,

@@ -52,6 +52,11 @@ def _rms_norm_backward(grad: Any, x: Any, shape: Any, rstd: Any, weight: Any, ma
     return (torch.empty_like(x) if mask[0] else None), (torch.empty_like(weight) if mask[1] else None)
 
 
+def _lstm_cell(input_gates: Any, hidden_gates: Any, cx: Any, input_bias: Any = None, hidden_bias: Any = None) -> Any:
+    """torch's own (2.13) asks a bias for its device where there is none."""
+    return torch.empty_like(cx), torch.empty_like(cx), torch.empty_like(input_gates)
+
+
 def _gru_cell(input_gates: Any, hidden_gates: Any, hx: Any, input_bias: Any = None, hidden_bias: Any = None) -> Any:
     return torch.empty_like(hx), _empty(hx, *hx.shape[:-1], 5 * hx.shape[-1])
 
@@ -126,6 +131,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "aten.native_channel_shuffle": _like_first,
     "aten._fused_sgd_": _nothing,
     "aten._fused_adagrad_": _nothing,
+    "aten._thnn_fused_lstm_cell": _lstm_cell,
     "aten._thnn_fused_gru_cell": _gru_cell,
     "aten._thnn_fused_gru_cell_backward": _gru_cell_backward,
     "aten._grouped_mm": _grouped_mm,
@@ -199,6 +205,10 @@ def _compressed(starts: Any, indices: Any, values: Any, size: Any = None, **kwar
     return torch.empty(size, dtype=values.dtype, layout=kwargs["layout"], device=values.fake_device)
 
 
+def _like_sparse(x: Any, dtype: torch.dtype) -> Any:
+    return torch.empty(x.shape, dtype=dtype, layout=x.layout, device=x.fake_device)
+
+
 # Used where torch has no fake for sparse arguments on this device
 SPARSE: dict[str, Callable[..., Any]] = {
     "aten.mm": _product,
@@ -206,6 +216,11 @@ SPARSE: dict[str, Callable[..., Any]] = {
     "aten._sparse_mm": _product,
     "aten._sparse_addmm": lambda x, a, b, **kwargs: _product(a, b),
     "aten.addmm": lambda x, a, b, **kwargs: _product(a, b),
+    "aten._to_copy": lambda x, dtype=None, device=None, **kwargs: torch.empty(
+        x.shape, dtype=dtype or x.dtype, layout=x.layout, device=device or x.fake_device
+    ),
+    "aten.sparse_mask": lambda x, mask, **kwargs: _like_sparse(mask, x.dtype),
+    "aten.sparse_sampled_addmm": lambda x, a, b, **kwargs: _like_sparse(x, x.dtype),
     "aten._to_sparse": lambda x, *args, **kwargs: torch.empty(
         x.shape, dtype=x.dtype, layout=kwargs.get("layout") or torch.sparse_coo, device=x.fake_device
     ),

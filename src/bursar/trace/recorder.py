@@ -182,7 +182,10 @@ class Recorder(TorchDispatchMode):
             self._stand_ins[real] = fake
             if type(real) is torch.Tensor and real.device.type == "cpu" and not real.is_floating_point():
                 self.values.know(fake, real)  # a literal, a table of positions: what code may look at
-            if fake.fake_device.type == self.device_type and self.known(fake) is None:
+            if is_sparse(real):
+                with _disable_current_modes():
+                    self._stored[fake] = real._nnz() * math.prod(real.shape[real.sparse_dim() :])
+            elif fake.fake_device.type == self.device_type and self.known(fake) is None:
                 self._storage(fake).made_outside = True
         return fake
 
