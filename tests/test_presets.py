@@ -14,6 +14,14 @@ from bursar.workload import presets
 from bursar.workload.modules.llama import Llama
 
 TINY_GPT = "gpt2:L=2,d=32,h=2,V=50,T=16"
+TINY_BERT = "bert-base:L=2,d=32,h=2,F=64,V=50,T=16"
+TINY = {
+    "mixtral": "mixtral-8x7b:L=2,d=32,h=4,kv=2,F=48,E=4,k=2,V=50,T=16",
+    "deepseek-v3": "deepseek-v3:N=3,dense=1,d=32,h=2,q=16,kv=12,nope=8,rope=4,v=8,F=48,M=24,E=4,k=2,V=50,T=16",
+    "t5": "t5-base:N=2,d=32,h=2,c=16,F=48,V=50,T=16",
+    "mamba": "mamba-130m:L=2,d=32,N=4,R=2,V=50,T=16",
+    "vit": "vit-b16:L=2,d=32,h=2,F=64,P=8,R=32,K=7",
+}
 TINY_LLAMA = "llama3-8b:L=2,d=32,h=4,kv=2,F=48,V=50,T=16"
 
 
@@ -140,10 +148,11 @@ def test_a_network_answers_with_one_row_per_sample_and_trains(name, out):
 
 
 def test_every_preset_runs_a_step_on_meta_tensors_as_small_as_it_goes():
-    small = {"gpt": TINY_GPT, "llama": TINY_LLAMA}
+    small = {"gpt": TINY_GPT, "llama": TINY_LLAMA, "bert": TINY_BERT}
     for name in known_models():
         shape = architecture.preset(name)
-        given = small[shape.family].partition(":")[2] if isinstance(shape, Transformer) else ""
+        tiny = small[shape.family] if isinstance(shape, Transformer) else TINY.get(shape.kind, "")
+        given = tiny.partition(":")[2]
         with torch.device("meta"):
             preset = presets.build(f"{name}:{given}" if given else name)
             preset.loss(preset.make_model(), preset.make_batch(1, preset.default_seq_len)).backward()

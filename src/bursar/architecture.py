@@ -5,6 +5,7 @@ runs a model. Letters, as in the notes and in CS336:
 
     V vocab_size   T max_seq_len   L n_layers   d d_model   h n_heads   kv n_kv_heads   F d_ff       (transformers)
     B batch        D width in      H hidden     K width out L layers    R image side                 (other networks)
+    E experts      k of them per token          N layers that are not all alike, or a state's size (Mamba)
 
 A transformer block, and the letters of its weights (`kv·c = d` without grouped-query attention; c is `head_dim`):
 
@@ -27,7 +28,9 @@ from typing import Any, Literal
 from bursar.errors import BadInput, UnknownName
 
 Family = Literal["gpt", "llama", "bert"]
-Kind = Literal["two-layer", "cruncher", "mlp", "resnet50"]
+Kind = Literal[
+    "two-layer", "cruncher", "mlp", "resnet50", "mobilenet-v2", "vit", "t5", "mamba", "mixtral", "deepseek-v3"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,17 @@ class Network:
         """Number of trainable parameters."""
         return NETWORK_PARAMETERS[self.kind](self.sizes)
 
+    def active_parameters(self) -> int:
+        """Parameters that one token passes through: of a mixture's experts the k chosen, of the rest all."""
+        if "E" not in self.sizes:
+            return self.parameters()
+        return NETWORK_PARAMETERS[self.kind]({**self.sizes, "E": self.sizes["k"]}) + _router(self.sizes)
+
+    @property
+    def has_sequence(self) -> bool:
+        """Whether a sample is a sequence of tokens, at most T of them."""
+        return "T" in self.sizes
+
 
 # ---- parameters of the networks, by hand
 
@@ -177,11 +191,72 @@ def _resnet50_parameters(sizes: Mapping[str, int]) -> int:
     return total + channels * sizes["K"] + sizes["K"]
 
 
+def _mobilenet_parameters(sizes: Mapping[str, int]) -> int:
+    """Sandler et al. 2018, table 2: convolutions without bias, a BatchNorm after each, one linear head."""
+    stages = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
+    total, channels = 27 * 32 + 2 * 32, 32
+    for expansion, out, blocks in stages:
+        for _ in range(blocks):
+            wide = expansion * channels
+            total += (channels * wide + 2 * wide if expansion > 1 else 0) + 9 * wide + 2 * wide + wide * out + 2 * out
+            channels = out
+    return total + channels * 1280 + 2 * 1280 + 1280 * sizes["K"] + sizes["K"]
+
+
+def _vit_parameters(s: Mapping[str, int]) -> int:
+    """Dosovitskiy et al. 2020, section 3.1: patches, class token, positions, blocks with biases, last norm, head."""
+    d, f, patches = s["d"], s["F"], (s["R"] // s["P"]) ** 2
+    block = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
+    return (3 * s["P"] ** 2 * d + d) + d + (patches + 1) * d + s["L"] * block + 2 * d + d * s["K"] + s["K"]
+
+
+def _t5_parameters(s: Mapping[str, int]) -> int:
+    """Raffel et al. 2019: no biases; each stack has 32 position biases per head and a last norm; one tied table."""
+    d, attention, mlp = s["d"], 4 * s["d"] * s["h"] * s["c"], 2 * s["d"] * s["F"]
+    encoder, decoder = attention + mlp + 2 * d, 2 * attention + mlp + 3 * d
+    return s["V"] * d + s["N"] * (encoder + decoder) + 2 * (d + 32 * s["h"])
+
+
+def _mamba_parameters(s: Mapping[str, int]) -> int:
+    """Gu and Dao 2023, section 3.4: inner width 2d, a convolution of 4, state N, step of rank R; tied table."""
+    d, i, n, r = s["d"], 2 * s["d"], s["N"], s["R"]
+    mixer = d * 2 * i + (4 * i + i) + i * (r + 2 * n) + (r * i + i) + i * n + i + i * d
+    return s["V"] * d + s["L"] * (mixer + d) + d
+
+
+def _mixtral_parameters(s: Mapping[str, int]) -> int:
+    """Jiang et al. 2024, section 2: Llama's attention, E gated experts and a router in every layer, untied head."""
+    d, kv = s["d"], s["kv"] * s["d"] // s["h"]
+    block = 2 * d * d + 2 * d * kv + s["E"] * 3 * d * s["F"] + s["E"] * d + 2 * d
+    return 2 * s["V"] * d + s["L"] * block + d
+
+
+def _deepseek_parameters(s: Mapping[str, int]) -> int:
+    """DeepSeek-AI 2024, section 2.1: latent attention, then a dense network in the first layers and experts after."""
+    d, h = s["d"], s["h"]
+    attention = d * s["q"] + s["q"] + s["q"] * h * (s["nope"] + s["rope"])
+    attention += d * (s["kv"] + s["rope"]) + s["kv"] + s["kv"] * h * (s["nope"] + s["v"]) + h * s["v"] * d
+    mixture = (s["E"] + 1) * 3 * d * s["M"] + s["E"] * d  # one expert more that all share, and the router
+    mlps = s["dense"] * 3 * d * s["F"] + (s["N"] - s["dense"]) * mixture
+    return 2 * s["V"] * d + s["N"] * (attention + 2 * d) + mlps + d
+
+
+def _router(s: Mapping[str, int]) -> int:
+    """What a token meets of the routers beyond those of its own k experts: every expert's row."""
+    return (s["E"] - s["k"]) * s["d"] * (s["L"] if "L" in s else s["N"] - s["dense"])
+
+
 NETWORK_PARAMETERS: dict[Kind, Callable[[Mapping[str, int]], int]] = {
     "two-layer": lambda s: s["D"] * s["D"] + s["D"] * s["K"],
     "cruncher": lambda s: s["L"] * s["D"] * s["D"] + s["D"],
     "mlp": _mlp_parameters,
     "resnet50": _resnet50_parameters,
+    "mobilenet-v2": _mobilenet_parameters,
+    "vit": _vit_parameters,
+    "t5": _t5_parameters,
+    "mamba": _mamba_parameters,
+    "mixtral": _mixtral_parameters,
+    "deepseek-v3": _deepseek_parameters,
 }
 
 

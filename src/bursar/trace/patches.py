@@ -59,6 +59,13 @@ def translate(device: Any) -> Any:
     return device
 
 
+def _numbers(data: Any) -> Any:
+    """A list of numbers where some are fake tensors: torch reads them, and so do we, if their values are known."""
+    if isinstance(data, (list, tuple)):
+        return [_numbers(part) for part in data]
+    return data.item() if isinstance(data, FakeTensor) and not data.dim() else data
+
+
 def _default_device() -> torch.device | None:
     """The device of the innermost ``with torch.device(...)``; torch.get_default_device would make a tensor to tell."""
     modes = reversed(torch.overrides._get_current_function_mode_stack())
@@ -162,6 +169,7 @@ def _tensors(undo: Undo) -> None:
             device = kwargs.pop("device", None)
             if device is None and args and isinstance(args[0], torch.Tensor):
                 return _plain(*args, **kwargs)
+            args = (_numbers(args[0]), *args[1:]) if args else args
             device = translate(_default_device() if device is None else device)
             if str(device).split(":")[0] != name:
                 return _plain(*args, device=device, **kwargs)

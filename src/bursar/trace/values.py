@@ -24,12 +24,14 @@ MAX_ELEMENTS = 2**20  # a larger tensor is not computed: 1 M elements take about
 MAX_ASSUMED_ELEMENTS = 2**23  # which token goes to which expert, one-hot, is larger and asked for more often
 
 BALANCED = "routing is balanced: every expert gets its equal share of the tokens"
+FINITE = "where the model asks whether its numbers are finite, they are"
 AVERAGE_DRAW = "a single random number that decides something is taken as 0.5 (no layer is dropped at random)"
 
 _UNSET = frozenset({"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.empty_permuted", "aten.new_empty",
                     "aten.new_empty_strided", "aten.resize_", "aten.set_"})  # fmt: skip
 # Their values do not depend on those of the tensor they are given
 _FILLS = {"aten.zeros_like": 0, "aten.new_zeros": 0, "aten.ones_like": 1, "aten.new_ones": 1}
+_ASKS_FINITE = frozenset({"aten.eq", "aten.ne", "aten.isinf", "aten.isnan"})
 _OVERWRITE = frozenset({"aten.fill_", "aten.zero_", "aten.copy_"})
 
 
@@ -77,6 +79,11 @@ class Values:
             with no_dispatch():
                 chosen = int(mask.expand(torch.broadcast_shapes(mask.shape, args[0].shape)).sum())
             return torch.empty(chosen, dtype=args[0].dtype, device=args[0].fake_device)
+        if name == "aten::_ctc_loss" and func._overloadname == "Tensor":
+            lengths = [self.of(t) for t in args[2:4]]
+            if any(t is None for t in lengths):
+                return NotImplemented
+            return aten._ctc_loss.default(*args[:2], *([int(n) for n in t.tolist()] for t in lengths), *args[4:])
         real = self._real((args, kwargs or {}))
         if real is None:
             return NotImplemented
@@ -153,7 +160,11 @@ class Values:
         if info.writes:
             self._written(info, func, args, kwargs, create)
             return
-        if not create or info.name in _UNSET:
+        if not create:
+            return
+        if info.name in _UNSET:  # nobody looks at what stands there before something is written
+            if isinstance(out, FakeTensor) and not out.is_floating_point():
+                self._fill(out, 0)
             return
         tensor = out if isinstance(out, FakeTensor) else next((t for t in _fakes((out,))), None)
         if tensor is None:
@@ -238,6 +249,15 @@ class Values:
                 with no_dispatch():
                     turns = torch.arange(chosen.numel(), device="cpu").remainder_(max(experts, 1)).view(chosen.shape)
                 self.know(chosen, turns, BALANCED)
+        elif info.name in _ASKS_FINITE and isinstance(out, FakeTensor) and _small(out):
+            # isfinite(x) is x == x and |x| != inf, isnan(x) is x != x
+            if info.name in ("aten.isinf", "aten.isnan") or (
+                args[0] is args[1] or (type(args[1]) is float and args[1] == float("inf"))
+            ):
+                answer = info.name == "aten.eq" or (info.name == "aten.ne" and args[0] is not args[1])
+                with no_dispatch():
+                    same = torch.full((), answer, device="cpu").expand(tuple(out.shape))
+                self.know(out, same, FINITE)
         elif info.name in ("aten.rand", "aten.uniform_") and isinstance(out, FakeTensor) and out.numel() == 1:
             with no_dispatch():
                 half = torch.full(tuple(out.shape), 0.5, dtype=out.dtype, device="cpu")

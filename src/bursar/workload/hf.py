@@ -1,23 +1,64 @@
 """A Hugging Face ``config.json`` as a workload: the model's real code from transformers, built without weights.
 
-A config is data: ``auto_map`` and remote code are not looked at, and nothing is fetched.
+A config is data: nothing of it is run and nothing is fetched. The head is the one the config names in ``architectures``,
+else the first of `_HEADS` that the architecture has; the batch is made by `hf_batch`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bursar.errors import BadInput, MissingExtra, UnknownName
 from bursar.workload import presets
-from bursar.workload.resolve import Workload, loss_of_output
+from bursar.workload.resolve import Workload, loss_of_output, tensors_in
 
 _LARGEST_CONFIG_BYTES = 10**7
+_NOT_SHAPE = ("model_type", "auto_map", "transformers_version", "quantization_config")
+
+# The heads a model may be trained with, what it is for first: transformers' own table of them, and what its labels are.
+_HEADS = (
+    ("IMAGE_TEXT_TO_TEXT", "tokens"),
+    ("MULTIMODAL_LM", "tokens"),
+    ("SPEECH_SEQ_2_SEQ", "decoder tokens"),
+    ("SEQ_TO_SEQ_CAUSAL_LM", "decoder tokens"),
+    ("MASKED_LM", "tokens"),
+    ("CAUSAL_LM", "tokens"),
+    ("CTC", "transcript"),
+    ("RNNT", "transcript"),
+    ("TDT", "transcript"),
+    ("ZERO_SHOT_IMAGE_CLASSIFICATION", ""),
+    ("ZERO_SHOT_OBJECT_DETECTION", ""),
+    ("IMAGE_CLASSIFICATION", "class"),
+    ("VIDEO_CLASSIFICATION", "class"),
+    ("AUDIO_CLASSIFICATION", "class"),
+    ("UNIVERSAL_SEGMENTATION", ""),
+    ("SEMANTIC_SEGMENTATION", ""),
+    ("OBJECT_DETECTION", ""),
+    ("DEPTH_ESTIMATION", ""),
+    ("IMAGE_TO_IMAGE", ""),
+    ("VISUAL_QUESTION_ANSWERING", ""),
+    ("DOCUMENT_QUESTION_ANSWERING", ""),
+    ("TIME_SERIES_PREDICTION", ""),
+    ("TEXT_TO_SPECTROGRAM", ""),
+    ("TEXT_TO_WAVEFORM", ""),
+    ("QUESTION_ANSWERING", ""),
+    ("SEQUENCE_CLASSIFICATION", "class"),
+    ("", ""),  # the body alone
+    ("PRETRAINING", ""),
+    ("MASK_GENERATION", ""),
+    ("KEYPOINT_DETECTION", ""),
+    ("KEYPOINT_MATCHING", ""),
+    ("BACKBONE", ""),
+)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -36,54 +77,144 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def workload(path: Path, batch_size: int | None = None, seq_len: int | None = None) -> Workload:
-    """The language model that ``path`` describes, on random tokens.
+    """The model that ``path`` describes, with the head it is trained with, on a batch of the sort it takes.
 
     Raises MissingExtra without transformers, UnknownName for a model type transformers does not know, BadInput for a
-    config it refuses or a model that is no causal or masked language model.
+    config it refuses, one that asks for its own code, or a model whose batch bursar cannot make.
     """
     given = read_config(path)
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtra("hf", f"{path} is built with transformers' own model code")
-    from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import logging
 
     kind = given["model_type"]
     if kind not in CONFIG_MAPPING:
+        if given.get("auto_map"):
+            raise BadInput(
+                f"{path}: model_type {kind!r} is not in transformers, and its auto_map asks for code that comes with "
+                "the weights. bursar does not run the code of a config: write a callable that returns (module, batch) "
+                "and give file.py:callable"
+            )
         raise UnknownName("model_type", kind, tuple(CONFIG_MAPPING.keys()))
-    fields = {k: v for k, v in given.items() if k not in ("model_type", "auto_map", "transformers_version")}
     logging.set_verbosity_error()
+    fields = _without(given, ("dtype", "torch_dtype"))
     try:
-        config = CONFIG_MAPPING[kind](**fields)
+        config = CONFIG_MAPPING[kind](**{k: v for k, v in fields.items() if k not in _NOT_SHAPE})
     except Exception as error:  # whatever its validation raises, the config is what is wrong
         raise BadInput(f"{path}: transformers refuses this config: {error}") from error
-    config.use_cache = False  # a key-value cache is for generation
-    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind != "bert":
-        auto: Any = modeling_auto.AutoModelForCausalLM
-    elif type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING:
-        auto = modeling_auto.AutoModelForMaskedLM
-    else:
-        raise BadInput(
-            f"{path}: {kind} is no causal or masked language model, so bursar cannot make its batch; write a callable "
-            "that returns (module, batch) and give file.py:callable"
-        )
-    longest = getattr(config, "max_position_embeddings", None)
+    name = path.parent.name if path.name == "config.json" else path.stem
+    notes = ["the config's auto_map is not followed: transformers' own code is used"] if given.get("auto_map") else []
+    if given.get("quantization_config"):
+        notes.append("the config's quantization_config is left out: weights are trained, in the step's precision")
+    return of_config(config, name or kind, batch_size, seq_len, notes=tuple(notes))
+
+
+def of_config(
+    config: Any,
+    name: str,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    experts: str | None = None,
+    notes: tuple[str, ...] = (),
+) -> Workload:
+    """A workload from transformers' own config object. ``experts`` is its ``experts_implementation``, None the default.
+
+    Raises BadInput for an architecture without a head to train, or a sequence that does not fit its positions.
+    """
+    from bursar.workload import hf_batch
+
+    kind = config.model_type
+    for part in hf_batch.parts(config):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False  # a key-value cache is for generation
+    model_class, labels = _head(config)
+    longest = getattr(hf_batch.text_part(config), "max_position_embeddings", None)
+    longest = longest if type(longest) is int and longest > 0 else None
     samples = batch_size or presets.LM_BATCH_SIZE
     tokens = seq_len or min(presets.LM_SEQ_LEN, longest or presets.LM_SEQ_LEN)
     if longest is not None and tokens > longest:
-        raise BadInput(f"{path}: a sequence of {tokens} does not fit max_position_embeddings {longest}")
+        raise BadInput(f"{name}: a sequence of {tokens} does not fit max_position_embeddings {longest}")
+    takes_text = "input_ids" in inspect.signature(model_class.forward).parameters
 
     def make() -> tuple[nn.Module, Any]:
-        model = auto.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-        ids = torch.randint(0, config.vocab_size, (samples, tokens))
-        return model, {"input_ids": ids, "labels": torch.randint(0, config.vocab_size, (samples, tokens))}
+        given = {} if experts is None else {"experts_implementation": experts}
+        try:
+            with _quiet():
+                model = model_class._from_config(config, dtype=torch.get_default_dtype(), **given)
+        except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, AssertionError) as error:
+            raise BadInput(
+                f"{name}: transformers cannot build a {kind} from this config: {type(error).__name__}: {error}"
+            ) from error
+        return model, hf_batch.make(model, config, samples, tokens, labels)
 
-    name = path.parent.name if path.name == "config.json" else path.stem
     return Workload(
-        name or kind,
+        name,
         make,
-        loss_of_output,
+        _loss,
         samples,
-        samples * tokens,
-        assumptions=(f"transformers' own {kind}, attention by SDPA, no padding, one sequence per sample, no cache",),
+        samples * tokens if takes_text else samples,
+        assumptions=(
+            f"transformers' own {model_class.__name__}, attention by SDPA where it has it, no padding, one sequence per "
+            "sample, no cache",
+            *notes,
+        ),
     )
+
+
+def _head(config: Any) -> tuple[Any, str]:
+    """The model class to train, and what its labels are ('' for none)."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, Any] = {}
+    for task, _ in _HEADS:
+        mapping = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING" if task else "MODEL_MAPPING")
+        with contextlib.suppress(KeyError):
+            classes = mapping[type(config)]
+            found[task] = classes[0] if isinstance(classes, tuple) else classes
+    if not found:
+        raise BadInput(
+            f"{config.model_type} has no head that bursar knows how to train; write a callable that returns "
+            "(module, batch) and give file.py:callable"
+        )
+    labels = dict(_HEADS)
+    for name in config.architectures or ():
+        for task, model_class in found.items():
+            if model_class.__name__ == name:
+                return model_class, labels[task]
+        module = sys.modules[next(iter(found.values())).__module__]
+        if (named := getattr(module, str(name), None)) is not None and hasattr(named, "_from_config"):
+            return named, "class" if str(name).endswith(("SequenceClassification", "ImageClassification")) else ""
+    if getattr(config, "is_decoder", False) and "CAUSAL_LM" in found:
+        found.pop("MASKED_LM", None)
+    task = next(iter(found))
+    return found[task], labels[task]
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    """The model's own loss; where it has none, the sum of its outputs' means, so that every output has a gradient."""
+    out = model(**batch)
+    loss = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", None)
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        return loss if not loss.dim() else loss.mean()
+    floats = [t for t in tensors_in(out) if t.requires_grad and t.is_floating_point()]
+    if not floats:
+        return loss_of_output(model, batch)
+    return torch.stack([t.float().mean() for t in floats]).sum()
+
+
+def _without(value: Any, keys: tuple[str, ...]) -> Any:
+    """``value`` without those keys, at any depth: the step's precision decides the dtype, not the config."""
+    if isinstance(value, dict):
+        return {k: _without(v, keys) for k, v in value.items() if k not in keys}
+    return value
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """transformers prints advice about kernels when it builds a model."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

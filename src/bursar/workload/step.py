@@ -216,7 +216,7 @@ def _fold(session: Session, module: nn.Module, forward: Callable[[], Any], depth
             if any(p() is not None for p in taken) and gc.collect() and any(p() is not None for p in taken):
                 raise Unfoldable("something else holds on to the blocks left out")
             session.assumptions += [
-                f"{t.extra * t.period} of the blocks of {t.path or 'the model'} are written from {KEPT * t.period} traced"
+                f"{t.extra * t.period} blocks of {t.path or 'the model'} are written from {KEPT * t.period} traced like them"
                 for t in trunks
             ]
     session.fold(trunks)

@@ -10,6 +10,8 @@ Submodules carry Meta's names (`layers.0.attention.wq`, `feed_forward.w1`, ...).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,12 +90,12 @@ class TwoMatrices(nn.Module):
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, shape: Transformer) -> None:
+    def __init__(self, shape: Transformer, attention: nn.Module, feed_forward: nn.Module) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(shape.d_model, shape.norm_eps)
-        self.attention = Attention(shape)
+        self.attention = attention
         self.ffn_norm = RMSNorm(shape.d_model, shape.norm_eps)
-        self.feed_forward = SwiGLU(shape) if shape.gated_mlp else TwoMatrices(shape)
+        self.feed_forward = feed_forward
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin)
@@ -102,16 +104,28 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama language model. Tokens (B, S) -> logits (B, S, V), or with targets (B, S) the mean cross-entropy."""
+    """A Llama language model. Tokens (B, S) -> logits (B, S, V), or with targets (B, S) the mean cross-entropy.
 
-    def __init__(self, shape: Transformer) -> None:
+    ``feed_forward`` and ``attention``, given a layer's number, make another than Llama's own; ``rotated`` is then how
+    many channels of a head are turned.
+    """
+
+    def __init__(
+        self,
+        shape: Transformer,
+        feed_forward: Callable[[int], nn.Module] | None = None,
+        attention: Callable[[int], nn.Module] | None = None,
+        rotated: int | None = None,
+    ) -> None:
         super().__init__()
         if shape.rope_theta is None:
             raise BadInput(f"{shape.name}: a Llama turns its queries and keys by position; give rope_theta")
-        self.head_dim = shape.head_dim
+        self.head_dim = rotated or shape.head_dim
         self.rope_theta = shape.rope_theta
+        attention = attention or (lambda _: Attention(shape))
+        feed_forward = feed_forward or (lambda _: SwiGLU(shape) if shape.gated_mlp else TwoMatrices(shape))
         self.embed = nn.Embedding(shape.vocab_size, shape.d_model)
-        self.layers = nn.ModuleList([Block(shape) for _ in range(shape.n_layers)])
+        self.layers = nn.ModuleList([Block(shape, attention(i), feed_forward(i)) for i in range(shape.n_layers)])
         self.norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.head = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
         if shape.tied_embeddings:
