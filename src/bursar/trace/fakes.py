@@ -219,6 +219,10 @@ SPARSE: dict[str, Callable[..., Any]] = {
     "aten._to_copy": lambda x, dtype=None, device=None, **kwargs: torch.empty(
         x.shape, dtype=dtype or x.dtype, layout=x.layout, device=device or x.fake_device
     ),
+    "aten._sparse_mm_reduce_impl": lambda x, other, reduce: (
+        _empty(other, x.shape[0], other.shape[1]),
+        _empty(other, 0, dtype=torch.int64),
+    ),
     "aten.sparse_mask": lambda x, mask, **kwargs: _like_sparse(mask, x.dtype),
     "aten.sparse_sampled_addmm": lambda x, a, b, **kwargs: _like_sparse(x, x.dtype),
     "aten._to_sparse": lambda x, *args, **kwargs: torch.empty(

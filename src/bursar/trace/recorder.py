@@ -427,7 +427,8 @@ class Recorder(TorchDispatchMode):
         if number == self._node_number:
             return self._node_module
         if number == _ACCUMULATE_GRAD:
-            return self.leaf_modules.get(node.variable.untyped_storage()._cdata, "")
+            leaf = node.variable
+            return "" if is_sparse(leaf) else self.leaf_modules.get(leaf.untyped_storage()._cdata, "")
         self._node_number = number
         self._node_module = self._entered_module[bisect.bisect_right(self._entered, number) - 1]
         return self._node_module

@@ -93,7 +93,8 @@ class Session:
         self._parameters.setdefault(id(parameter), parameter)
         self._own_grad(parameter)
         self.recorder.adopt(parameter, "parameters", name)
-        self.recorder.leaf_modules.setdefault(parameter.untyped_storage()._cdata, module)
+        if parameter.layout is torch.strided:
+            self.recorder.leaf_modules.setdefault(parameter.untyped_storage()._cdata, module)
         if parameter.grad is not None:
             self.recorder.adopt(parameter.grad, "gradients", name)
 
