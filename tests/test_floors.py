@@ -15,7 +15,7 @@ import bursar
 
 SOURCE = Path(bursar.__file__).parent
 FLOORS = {
-    0: "errors units files",
+    0: "errors units polynomial files",
     1: "hardware architecture optimizers catalog",
     # a ledger's .memory replays its own events, and asks the allocator what it would hold: they stand together
     2: "rules kernels ledger memory allocator",

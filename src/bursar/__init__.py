@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from bursar.rules import rule
     from bursar.run import Run, solve
     from bursar.trace import tracing
+    from bursar.workload.formula import formula
     from bursar.workload.step import step
 
 _WHERE = {
     "Ledger": ("bursar.ledger", "Ledger"),
+    "formula": ("bursar.workload.formula", "formula"),
     "Run": ("bursar.run", "Run"),
     "rule": ("bursar.rules", "rule"),
     "solve": ("bursar.run", "solve"),
@@ -26,6 +28,7 @@ _WHERE = {
     "tracing": ("bursar.trace", "tracing"),
 }
 _NEED_TORCH = {
+    "formula": "formulas are derived from traces of the model's own code",
     "step": "a step is traced by running the model's own code",
     "tracing": "a trace runs torch on fake tensors",
 }
@@ -50,4 +53,4 @@ def __getattr__(name: str) -> Any:
     return found
 
 
-__all__ = ["Ledger", "Run", "__version__", "rule", "solve", "step", "tracing"]
+__all__ = ["Ledger", "Run", "__version__", "formula", "rule", "solve", "step", "tracing"]

@@ -55,7 +55,7 @@ class Piece:
         )
 
     def flops(self, phase: str, kinds: Iterable[str] = MODEL_KINDS) -> Count:
-        """FLOPs of the phase (``forward``, ``backward``, ``recompute``), of the kinds given, without `recompute_flops`."""
+        """FLOPs of ``forward``, ``backward`` or ``recompute``, of the kinds given, without `recompute_flops`."""
         return _sum(k.flops for k in getattr(self, phase) if k.kind in kinds)
 
 
