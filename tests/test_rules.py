@@ -389,7 +389,8 @@ FREE_THOUGH_NO_VIEW_BY_SCHEMA = {
     "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.empty_permuted", "aten.new_empty",
     "aten.new_empty_strided",
     # views in place, and views that torch's schema hides from autograd
-    "aten.detach_", "aten.as_strided_", "aten.squeeze_", "aten.unsqueeze_", "aten.t_", "aten.transpose_", "aten.requires_grad_",
+    "aten.detach_", "aten.as_strided_", "aten.squeeze_", "aten.unsqueeze_", "aten.t_", "aten.transpose_",
+    "aten.requires_grad_",
     "aten._unsafe_view", "aten.unsafe_split", "aten.unsafe_chunk", "aten.unsafe_split_with_sizes", "aten.lift",
     # what a storage is, not what is in it
     "aten.set_", "aten.resize_", "aten.resize_as_", "aten.record_stream",
