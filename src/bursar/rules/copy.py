@@ -11,7 +11,8 @@ FREE = frozenset(
     aten.alias aten.as_strided aten.chunk aten.detach aten.detach_ aten.diagonal aten.expand aten.lift aten.lift_fresh
     aten.movedim aten.narrow aten.permute aten.select aten.slice aten.split aten.split_with_sizes aten.squeeze
     aten.as_strided_ aten.squeeze_ aten.t aten.t_ aten.transpose aten.transpose_ aten.unbind aten.unfold aten.unsqueeze
-    aten.unsqueeze_ aten.view aten._unsafe_view aten._reshape_alias aten.view_as_real aten.view_as_complex aten.unsafe_split
+    aten.unsqueeze_ aten.view aten._unsafe_view aten._reshape_alias aten.view_as_real aten.view_as_complex
+    aten.unsafe_split
     aten.unsafe_chunk aten.unsafe_split_with_sizes aten._conj aten._neg_view aten.real aten.imag
     aten._shape_as_tensor aten.is_same_size aten._version aten.set_ aten.resize_ aten.record_stream
     aten.empty aten.empty_like aten.empty_strided aten.empty_permuted aten.new_empty aten.new_empty_strided

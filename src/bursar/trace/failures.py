@@ -15,7 +15,9 @@ from bursar.errors import BursarError, DataDependent, TraceFailed
 _OURS = str(Path(__file__).resolve().parent.parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
 _NO_FAKE = re.compile(r"There was no fake impl registered for <CustomOpDef\((.*?)\)>")  # torch/_library/custom_ops.py
-_NO_DATA = re.compile(r"(The tensor has a non-zero number of elements, but its data is not allocated|Cannot access data)")
+_NO_DATA = re.compile(
+    r"(The tensor has a non-zero number of elements, but its data is not allocated|Cannot access data)"
+)
 _NEEDS_DATA = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 
 
@@ -49,6 +51,16 @@ def explain(error: BaseException, on: str | None) -> BursarError | None:
             where,
             f"{func} needs the values of a tensor and a trace has only shapes. Take the value from a Python number, or "
             "write it without data: torch.where for a branch, a multiplied mask for x[x > 0], no .item() in forward.",
+        )
+    if isinstance(error, RecursionError):
+        return TraceFailed(
+            f"the model calls itself without end (in {module or 'the model'}, at {where}): Python's limit of "
+            f"{sys.getrecursionlimit()} nested calls was reached. Does a forward call its own module?"
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("Storage size calculation overflowed"):
+        return TraceFailed(
+            f"a tensor of {str(error).rpartition('sizes=')[2]} (in {module or 'the model'}, at {where}) has more bytes "
+            "than 64 bits can count; no accelerator holds it. Make the model smaller."
         )
     unregistered = _NO_FAKE.match(str(error)) if isinstance(error, RuntimeError) else None
     if unregistered or isinstance(error, fake_tensor.UnsupportedOperatorException):

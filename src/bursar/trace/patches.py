@@ -315,8 +315,15 @@ def transformers_kernels(undo: Undo, values: Values) -> None:
     It recognises fake tensors and, unable to look whether anything is masked or packed, hands attention a dense mask
     where real tensors get ``is_causal``: more FLOPs, and no flash kernel. A tensor whose values the trace knows (made
     of constants: positions, a mask of ones) may be looked at like a real one. Of positions that are not known we say
-    that nothing is packed.
+    that nothing is packed. Switch's experts go by name, ``f"expert_{index}"``.
     """
+    plain_format = FakeTensor.__format__
+
+    def formatted(tensor: Any, spec: str) -> str:
+        known = None if tensor.dim() else values.of(tensor)
+        return plain_format(tensor, spec) if known is None else format(tensor.item(), spec)
+
+    undo.set(FakeTensor, "__format__", formatted)
     imports = sys.modules.get("transformers.utils.import_utils")
     if imports is not None and imports.is_fake_tensor.__module__ == imports.__name__:
         undo.set(imports, "is_fake_tensor", lambda x: isinstance(x, FakeTensor) and values.of(x) is None)

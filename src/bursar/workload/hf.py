@@ -1,7 +1,7 @@
 """A Hugging Face ``config.json`` as a workload: the model's real code from transformers, built without weights.
 
-A config is data: nothing of it is run and nothing is fetched. The head is the one the config names in ``architectures``,
-else the first of `_HEADS` that the architecture has; the batch is made by `hf_batch`.
+A config is data: nothing of it is run and nothing is fetched. The head is the one the config names in
+``architectures``, else the first of `_HEADS` that the architecture has; the batch is made by `hf_batch`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from bursar.workload.resolve import Workload, loss_of_output, tensors_in
 
 _LARGEST_CONFIG_BYTES = 10**7
 _NOT_SHAPE = ("model_type", "auto_map", "transformers_version", "quantization_config")
+
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
 # The heads a model may be trained with, what it is for first: transformers' own table of them, and what its labels are.
 _HEADS = (
@@ -100,7 +102,7 @@ def workload(path: Path, batch_size: int | None = None, seq_len: int | None = No
     logging.set_verbosity_error()
     fields = _without(given, ("dtype", "torch_dtype"))
     try:
-        config = CONFIG_MAPPING[kind](**{k: v for k, v in fields.items() if k not in _NOT_SHAPE})
+        config = CONFIG_MAPPING[kind].from_dict({k: v for k, v in fields.items() if k not in _NOT_SHAPE})
     except Exception as error:  # whatever its validation raises, the config is what is wrong
         raise BadInput(f"{path}: transformers refuses this config: {error}") from error
     name = path.parent.name if path.name == "config.json" else path.stem
@@ -154,9 +156,10 @@ def of_config(
         _loss,
         samples,
         samples * tokens if takes_text else samples,
+        active_parameters=_active(model_class, config),
         assumptions=(
-            f"transformers' own {model_class.__name__}, attention by SDPA where it has it, no padding, one sequence per "
-            "sample, no cache",
+            f"transformers' own {model_class.__name__}, attention by SDPA where it has it, no padding, one sequence "
+            "per sample, no cache",
             *notes,
         ),
     )
@@ -189,6 +192,28 @@ def _head(config: Any) -> tuple[Any, str]:
         found.pop("MASKED_LM", None)
     task = next(iter(found))
     return found[task], labels[task]
+
+
+def _active(model_class: Any, config: Any) -> int | None:
+    """Parameters one token passes through: of routed experts the share that is chosen. None where there are none."""
+    from bursar.workload import hf_batch
+
+    text = hf_batch.text_part(config)
+    sizes = [
+        next((n for name in names if type(n := getattr(text, name, None)) is int and n > 0), 0)
+        for names in (("num_experts_per_tok", "moe_top_k", "top_k", "moe_k"), _EXPERTS)
+    ]
+    if not all(sizes) or sizes[0] >= sizes[1]:
+        return None
+    try:
+        with _quiet(), torch.device("meta"):
+            model = model_class._from_config(config)
+    except Exception:  # `make` says why
+        return None
+    parts = {id(p): (name, p.numel()) for name, p in model.named_parameters()}
+    routed = sum(n for name, n in parts.values() if "experts" in name.split(".") and "shared" not in name)
+    total = sum(n for _, n in parts.values())
+    return total - routed + routed * sizes[0] // sizes[1] if routed else None
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:

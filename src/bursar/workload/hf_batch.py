@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from bursar.errors import BadInput
 
-_TEXT = ("text_config", "language_config", "llm_config", "decoder", "text_encoder", "thinker_config", "decoder_config")
+_TEXT = (
+    "vlm_config",
+    "text_config",
+    "language_config",
+    "llm_config",
+    "decoder",
+    "text_encoder",
+    "thinker_config",
+    "decoder_config",
+)
 _VISION = (
     "vision_config",
     "vision_tower_config",
@@ -114,10 +123,14 @@ class _Sizes:
         return torch.full((self.B, length or self.S), self.token())
 
 
+# What a config calls the width of a frame of sound
+_BINS = ("input_dim", "input_feat_dim", "input_size", "feature_projection_input_dim", "num_mel_bins", "n_mels",
+         "feature_size", "input_feat_per_channel", "num_features")  # fmt: skip
+
+
 def _frames(s: _Sizes) -> Tensor:
     """Log-mel features. (B, mels, T), or (B, T, mels) for the architectures that take time first."""
-    mels = s.size(s.audio, "input_dim", "input_feat_dim", "input_size", "feature_projection_input_dim", "num_mel_bins", "n_mels", "feature_size",
-                  "input_feat_per_channel", "num_features", default=80)  # fmt: skip
+    mels = s.size(s.audio, *_BINS, default=80)
     if s.config.model_type.startswith("clap"):
         return torch.randn(s.B, 1, 1024, mels)
     positions = s.size(s.audio, "max_source_positions", default=0)
@@ -168,12 +181,18 @@ def _images(s: _Sizes) -> Tensor:
 
         tiles = image_size_to_num_patches([height, width], pinpoints, height)
         return torch.randn(s.B, tiles, channels, height, width)
+    if s.config.model_type in _SEVERAL_IMAGES:
+        return torch.randn(s.B, 1, channels, height, width)
+    if s.config.model_type in ("lightglue", "superglue", "efficientloftr"):  # what matches two pictures
+        return torch.randn(s.B, 2, channels, height, width)
     frames = getattr(s.config, "num_frames", None) or getattr(s.vision, "num_frames", None)
     if type(frames) is int and "pixel_values_videos" not in s.takes:
         return torch.randn(s.B, frames, channels, height, width)
     return torch.randn(s.B, channels, height, width)
 
 
+# Architectures that take several pictures per sample, so that one more dimension
+_SEVERAL_IMAGES = ("idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "granite_docling")
 _GRID = (1, 16, 16)  # frames, rows and columns of patches
 
 
@@ -225,7 +244,7 @@ _MAKERS: dict[str, Callable[[_Sizes], Any]] = {
     ),
     "return_loss": lambda s: True,
 }
-_ALWAYS = ("input_ids", "pixel_values", "image_grid_thw", "image_sizes", "input_features", "input_values",
+_ALWAYS = ("input_ids", "bbox", "pixel_values", "image_grid_thw", "image_sizes", "input_features", "input_values",
            "input_features_mask", "feature_attention_mask", "return_loss", "visual_feats", "visual_pos", "past_values",
            "past_time_features", "past_observed_mask", "future_values", "future_time_features")  # fmt: skip
 
@@ -237,13 +256,17 @@ def make(model: nn.Module, config: Any, B: int, S: int, labels: str) -> dict[str
     """
     parameters = inspect.signature(model.forward).parameters
     needed = {n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "decoder_start_token_id"):
-        config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
+    if getattr(config, "is_encoder_decoder", False):
+        for key in ("pad_token_id", "decoder_start_token_id"):
+            if getattr(config, key, None) is None:
+                setattr(config, key, 0)
     main = getattr(model, "main_input_name", "input_ids")
     s = _Sizes(config, B, S, set(parameters))
     wanted = [n for n in parameters if n in needed or n in _ALWAYS or n == main]
     if "input_values" in wanted and "input_features" in wanted:
         wanted.remove("input_values" if main == "input_features" else "input_features")
+    if {"spatial_shapes", "pixel_attention_mask"} <= s.takes:
+        wanted += ["spatial_shapes", "pixel_attention_mask"]
     batch: dict[str, Any] = {}
     for name in wanted:
         if name in _MAKERS:
@@ -287,7 +310,10 @@ def _insert_features(model: nn.Module, s: _Sizes, batch: dict[str, Any]) -> None
             continue
         takes = inspect.signature(features).parameters
         with torch.no_grad(), torch.device("cpu"):  # where a running model's factories make their tensors
-            out = features(**{k: v for k, v in batch.items() if k in takes and k not in ("input_ids", "labels")})
+            wanted = {n for n, p in takes.items() if p.default is p.empty or n not in ("input_ids", "labels")}
+            passes_on = any(p.kind is p.VAR_KEYWORD for p in takes.values()) and given not in takes
+            wanted |= {given, f"{given}_mask"} if passes_on else set()
+            out = features(**{k: v for k, v in batch.items() if k in wanted})
         out = getattr(out, "pooler_output", out)
         count = sum(t.numel() // t.shape[-1] for t in (out if isinstance(out, (list, tuple)) else [out])) // s.B
         inserted.append(torch.full((s.B, count), token))
