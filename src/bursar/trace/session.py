@@ -298,6 +298,7 @@ class Session:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*(pin_memory|data pointer of FakeTensor)")
                 warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+                warnings.filterwarnings("ignore", message="PyTorch was compiled without cuDNN")
                 stack.enter_context(torch.compiler.set_stance("force_eager"))  # torchao compiles its steps itself
                 stack.enter_context(self.mode)
                 stack.enter_context(self.recorder)
