@@ -158,6 +158,20 @@ def test_one_sample_that_allocates_otherwise_has_a_peak_of_its_own():
     assert found.peak.law.polynomial(1, low) == bursar.step(name, batch_size=1, seq_len=low).memory.peak_bytes
 
 
+def test_a_mask_that_a_kernel_pads_leaves_the_peak_a_formula_where_it_does_not():
+    name = "t5-base:N=1,d=64,h=4,c=16,F=64,V=100"  # the bias of its scores is padded unless 16 divides S
+    found = bursar.formula(name, precision="bf16", batch_size=2, seq_len=128)
+    assert found.peak.multiple == 16
+    traced = bursar.step(name, precision="bf16", batch_size=5, seq_len=112).memory.peak_bytes
+    assert max(law.polynomial(5, 112) for law in (found.peak.law, *found.peak.others)) == traced
+
+
+def test_a_mixtures_tokens_meet_k_of_its_experts():
+    found = bursar.formula("mixtral-8x7b:L=1,d=64,h=4,kv=2,F=96,V=100,E=6,k=3", precision="bf16", seq_len=64)
+    assert found.symbols["P"][0] == 2 * 64**2 + 2 * 64 * 32 + 6 * 64 + 3 * 3 * 64 * 96 + 100 * 64
+    assert found.flops["forward"].formula == "2·B·S·P + 128·B·S·(S+1)"
+
+
 # ---- other models
 
 
@@ -247,7 +261,7 @@ def test_the_json_is_the_contracts(capsys):
     assert record["model"] == {"name": "cruncher", "parameters": 36}
     assert record["flops"]["forward"]["terms"] == [{"coefficient": 72, "B": 1, "S": 0}]
     assert record["flops"]["forward"]["formula"] == "2·B·P"
-    assert set(record["peak_bytes"]["valid"]) == {"batch_size", "seq_len"}
+    assert set(record["peak_bytes"]["valid"]) == {"batch_size", "seq_len", "seq_len_multiple_of"}
     assert set(record["fits"]) >= {"hardware", "batch_size", "seq_len"}
 
 

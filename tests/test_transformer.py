@@ -208,3 +208,42 @@ def test_heads_that_torch_would_pad_are_refused_in_16_bits_and_counted_in_fp32()
     with pytest.raises(BadInput, match="heads of 8, 16"):
         count(shape, 1, 128, precision="bf16")
     assert count(shape, 1, 128).forward > 0
+
+
+# ---- mixtures of experts
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral-8x7b:L=2,d=64,h=4,kv=2,F=96,V=100,E=6,k=3",
+        "mixtral-8x7b:L=1",
+        "deepseek-v3:N=3,dense=1,d=64,h=4,q=24,kv=16,nope=16,rope=8,v=16,F=96,M=40,E=6,k=2,V=100",
+        "deepseek-v3:N=2,dense=1",
+    ],
+)
+def test_a_mixtures_products_and_parameters_are_counted_alike_by_hand_and_by_trace(name, precision):
+    from bursar.rules.mixture import products
+
+    ledger = bursar.step(name, batch_size=3, seq_len=40, precision=precision, optimizer="sgd")
+    derived, flops = products(preset(name), 3, 40, precision), ledger.flops
+    assert (derived.forward, derived.backward, derived.recompute) == (flops.forward, flops.backward, flops.recompute)
+    assert (derived.attention, derived.parameters) == (flops.attention, ledger.model.parameters)
+
+
+def test_mixtral_8x7b_at_full_attention_takes_340_teraflop_for_4096_tokens():
+    from bursar.rules.mixture import products
+
+    # 6 FLOPs for each of the 12.75e9 weights a token meets, and 12·L·d·S² of scores
+    d, L, S = 4096, 32, 4096
+    weights = L * (2 * d * d + 2 * d * 1024 + 8 * d + 2 * 3 * d * 14336) + 32000 * d
+    assert 6 * S * weights + 12 * L * d * S * S == 339_697_553_375_232
+    assert products(preset("mixtral-8x7b"), 1, 4096).model == 339_697_553_375_232
+
+
+def test_a_network_that_is_no_mixture_is_refused():
+    from bursar.rules.mixture import products
+
+    with pytest.raises(BadInput, match="no mixture of experts"):
+        products(preset("cruncher"), 1, 1)

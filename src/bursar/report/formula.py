@@ -42,6 +42,7 @@ class Peak:
     seq_lens: tuple[int, int | None] | None  # likewise, the batch as asked; None without a sequence
     where: str  # the op at which it stands
     others: tuple[Law, ...]  # what is the peak elsewhere: the peak is the most of all of them
+    multiple: int = 1  # of S, for which alone it was found to hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ def _peak(peak: Peak) -> dict[str, Any]:
         "valid": {
             "batch_size": list(peak.batch_sizes),
             "seq_len": None if peak.seq_lens is None else list(peak.seq_lens),
+            "seq_len_multiple_of": peak.multiple,
         },
         "at_op": peak.where,
         "elsewhere": [_law(law) for law in peak.others],
@@ -173,6 +175,10 @@ def _where_it_holds(peak: Peak) -> Iterator[Any]:
     if peak.seq_lens is not None:
         ranges.append(f"S {_range(*peak.seq_lens)}")
     yield note(f"The peak stands {peak.where}; this is the formula for {', or for '.join(ranges)}, the rest as asked.")
+    if peak.multiple > 1:
+        yield note(
+            f"It holds where {peak.multiple} divides S: at other sequences the model allocates in another order."
+        )
     for law in peak.others:
         yield note(f"Elsewhere it may be {law.formula}; the peak is the most of these.")
 

@@ -23,11 +23,11 @@ def decoder_matrices(shape: Transformer) -> int:
     return shape.n_layers * (2 * d * Q + 2 * d * E + (3 if shape.gated_mlp else 2) * d * F) + V * d
 
 
-def symbols(shape: Transformer | None, matrices: int | None, parameters: int) -> dict[str, tuple[int, str]]:
+def symbols(shape: Transformer | None, matrices: int | None, which: str, parameters: int) -> dict[str, tuple[int, str]]:
     """The letters that formulas are read in."""
     found = {"N": (parameters, "parameters")}
     if matrices:
-        found["P"] = (matrices, "parameters in matrices: no table that is only looked up, bias or norm")
+        found["P"] = (matrices, which)
     if shape is None:
         return found
     L, d, F, V = shape.n_layers, shape.d_model, shape.d_ff, shape.vocab_size

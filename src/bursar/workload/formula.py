@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from bursar import architecture
-from bursar.architecture import Transformer
+from bursar.architecture import Network, Transformer
 from bursar.errors import BadInput, BursarError
 from bursar.hardware import cluster
 from bursar.ledger import Ledger
@@ -30,6 +30,7 @@ from bursar.report.formula import Fits, Formula, Law
 from bursar.report.reading import decoder_matrices, read_flops, read_parameters, read_widths
 from bursar.report.reading import symbols as symbols_of
 from bursar.roofline import RESERVE_BYTES
+from bursar.rules import mixture
 from bursar.units import format_bytes
 from bursar.workload.livebytes import MULTIPLES, Lines, live_bytes
 from bursar.workload.resolve import _find, from_callable, resolve
@@ -137,20 +138,19 @@ def formula(
     parameters = fits(lambda seen: seen.parameters, "the number of parameters")
     notes: list[str] = []
     shape = _shape(model)
-    matrices = _matrices(given) if shape is None else decoder_matrices(shape)
-    known = symbols_of(shape, matrices, first.model.parameters)
+    known = symbols_of(shape, *_weights(model, given, shape), first.model.parameters)
     laws = {figure: Law(p, read_flops(figure, p, known)) for figure, p in flops.items()}
     count = Law(parameters, read_parameters(parameters, shape, known))
 
     limit = None if shape is None else _limit(shape)
-    lines, here = _memory(traces, letters, points, checks, at)
+    lines, here, multiple = _memory(traces, letters, points, checks, at)
     peak = None
     if here is None:
         notes.append("peak bytes: no formula, for traces at other sizes allocate in another order")
     else:
         row = first.rows[first.memory.peak_row]
         where = f"in {row.phase}, at {row.op}" + (f" in {row.module}" if row.module else "")
-        peak = here.peak(at, known, where, limit)
+        peak = replace(here.peak(at, known, where, limit), multiple=multiple)
         if here is not lines:
             peak = replace(peak, batch_sizes=(1, 1))
             notes.append("one sample allocates in an order of its own: its peak is a formula in S alone")
@@ -159,7 +159,7 @@ def formula(
     found_fit = None
     if device is not None and lines is not None and here is not None:
         usable = device.accelerator.usable_bytes - RESERVE_BYTES
-        found_fit = _fit(traces, (lines, here)[: len(at)], at, device.accelerator.name, usable, limit)
+        found_fit = _fit(traces, (lines, here)[: len(at)], at, device.accelerator.name, usable, limit, multiple)
         notes.append(
             f"fits compares with {device.accelerator.usable_bytes:,} usable bytes less {RESERVE_BYTES:,} for context "
             "and libraries"
@@ -307,8 +307,11 @@ def _degrees(points: Sequence[Powers]) -> str:
 
 def _memory(
     traces: _Traces, letters: tuple[str, ...], points: Sequence[Powers], checks: Sequence[Powers], at: Powers
-) -> tuple[Lines | None, Lines | None]:
-    """Live bytes for two samples and more, and around ``at``: with one sample torch may leave out copies."""
+) -> tuple[Lines | None, Lines | None, int]:
+    """Live bytes for two samples and more, and around ``at``; and of which multiple S must be.
+
+    With one sample torch may leave out copies, and a kernel may want a mask's rows padded unless 16 divides S.
+    """
 
     def fit(points: Sequence[Powers], checks: Sequence[Powers]) -> Lines | None:
         return live_bytes(
@@ -316,24 +319,41 @@ def _memory(
         )
 
     everywhere = fit(points, checks)
-    if everywhere is not None or at[0] > 1:
-        return everywhere, everywhere
+    if everywhere is not None:
+        return everywhere, everywhere, 1
+    if at[0] > 1:
+        unit = min(p[-1] for p in points)
+        half = unit // 2  # the sequences traced are multiples of the unit, and so of its half
+        if not at[1:] or half < 16 or at[1] % half:
+            return None, None, 1
+        coarse = fit(points, [(7 if at[0] != 7 else 5, 5 * half)])
+        return coarse, coarse, half
     several = fit(points, [p for p in checks if p[0] > 1])
     alone = fit(sorted({(1, *p[1:]) for p in points}), [(1, *p[1:]) for p in checks if p[0] > 1]) if at[1:] else None
-    return several, alone
+    return several, alone, 1
 
 
 # ---- what fits
 
 
-def _fit(traces: _Traces, lines: Sequence[Lines], at: Powers, hardware: str, usable: int, limit: int | None) -> Fits:
+def _fit(
+    traces: _Traces,
+    lines: Sequence[Lines],
+    at: Powers,
+    hardware: str,
+    usable: int,
+    limit: int | None,
+    multiple: int,
+) -> Fits:
     """The largest B and S by the formula, each held against a trace there and at one more."""
     found = [line.largest(at, axis, usable, limit if axis else None) for axis, line in enumerate(lines)]
+    steps = (1, multiple)
+    found = [n and n // by * by for n, by in zip(found, steps, strict=False)]
     verified = []
     for axis, n in enumerate(found):
         if n is None:
             continue
-        for size in (n, n + 1):
+        for size in (n, n + steps[axis]):
             if size < 1 or (axis and limit is not None and size > limit):
                 continue
             point = (*at[:axis], size, *at[axis + 1 :])
@@ -433,6 +453,18 @@ def _fit_widths(
 
 
 # ---- the model's matrices
+
+
+def _weights(model: Any, given: Any, shape: Transformer | None) -> tuple[int | None, str]:
+    """Parameters in the matrices that one token is multiplied by, and which those are."""
+    if shape is not None:
+        return decoder_matrices(shape), "parameters in matrices: no table that is only looked up, bias or norm"
+    if isinstance(model, str) and model.split(":")[0] in architecture.known_models():
+        network = architecture.preset(model)
+        if isinstance(network, Network) and network.kind in mixture.KINDS:
+            active = mixture.products(network, 1, 1).active_parameters
+            return active, "parameters in the matrices one token meets: k of E experts, no table that is only looked up"
+    return _matrices(given), "parameters in matrices: no table that is only looked up, bias or norm"
 
 
 def _matrices(given: Any) -> int | None:
