@@ -46,6 +46,7 @@ docs: $(STAMP)  ## write the outputs in the READMEs and in docs/ anew
 bench: $(STAMP)  ## print the benchmark tables
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/trace.py
+	$(BIN)/python benchmarks/train_overhead.py 2
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -74,7 +74,7 @@ def weights(folder, table):
         ({"recompute": "every-0"}, "config key recompute: none, full or every-2"),
         ({"optimizer": "adamm"}, "config key optimizer: no optimizer 'adamm'; did you mean adam"),
         ({"model": "gpt22"}, "no model 'gpt22'"),
-        ({"layout": "fsdp", "precision": "fp16-mixed"}, "take bf16-mixed"),
+        ({"layout": "fsdp", "optimizer": "lamb"}, "lamb changes a norm over all shards in place"),
         ({"lr": -1}, "config key lr: Expected `float` > 0"),
     ],
 )

@@ -17,6 +17,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "timeout_seconds"}  # they change no number
+_WHOLE = {"adafactor", "lamb"}  # not under FSDP2 (torch 2.13, pytorch-optimizer 4.1)
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -124,8 +125,9 @@ def decode(table: dict[str, Any], folder: Path) -> Config:
         raise BadInput(f"config key optimizer: {UnknownName('optimizer', config.optimizer, optimizers.OPTIMIZERS)}")
     if config.seq_len is not None and config.preset.default_seq_len is None:
         raise BadInput(f"config key seq_len: {config.model} has no sequence")
-    if config.precision == "fp16-mixed" and config.layout == "fsdp":
-        raise BadInput("fp16-mixed needs a loss scale shared by all shards, which fsdp here has not; take bf16-mixed")
+    if config.layout == "fsdp" and config.optimizer_name in _WHOLE:
+        raise BadInput(f"{config.optimizer_name} changes a norm over all shards in place, which DTensor refuses: "
+                       "take layout = 'ddp', or another optimizer")  # fmt: skip
     return msgspec.structs.replace(config, data=str((folder / config.data).resolve()) if config.data else "")
 
 
