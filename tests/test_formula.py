@@ -166,6 +166,13 @@ def test_a_mask_that_a_kernel_pads_leaves_the_peak_a_formula_where_it_does_not()
     assert max(law.polynomial(5, 112) for law in (found.peak.law, *found.peak.others)) == traced
 
 
+def test_a_sequence_too_short_to_vary_leaves_formulas_in_b():
+    name = "gpt2:L=1,d=64,h=4,V=100,T=8"
+    found = bursar.formula(name, seq_len=2)
+    assert found.letters == ("B",)
+    assert found.flops["model"].polynomial(11) == bursar.step(name, batch_size=11, seq_len=2).flops.model
+
+
 def test_a_mixtures_tokens_meet_k_of_its_experts():
     found = bursar.formula("mixtral-8x7b:L=1,d=64,h=4,kv=2,F=96,V=100,E=6,k=3", precision="bf16", seq_len=64)
     assert found.symbols["P"][0] == 2 * 64**2 + 2 * 64 * 32 + 6 * 64 + 3 * 3 * 64 * 96 + 100 * 64

@@ -54,13 +54,15 @@ class _Seen:
 class _Traces:
     """Traces of one workload at the sizes asked for, each made once."""
 
-    def __init__(self, model: str | Callable[..., Any], has_sequence: bool, how: dict[str, Any]) -> None:
-        self.model, self.has_sequence, self.how = model, has_sequence, how
+    def __init__(
+        self, model: str | Callable[..., Any], has_sequence: bool, seq_len: int | None, how: dict[str, Any]
+    ) -> None:
+        self.model, self.has_sequence, self.seq_len, self.how = model, has_sequence, seq_len, how
         self._seen: dict[Any, _Seen] = {}
 
     def ledger(self, B: int | None, S: int | None, model: Any = None) -> Ledger:
         """A fresh trace."""
-        return step(model or self.model, batch_size=B, seq_len=S if self.has_sequence else None, **self.how)
+        return step(model or self.model, batch_size=B, seq_len=S if self.has_sequence else self.seq_len, **self.how)
 
     def at(self, *point: int, widths: tuple[tuple[str, int], ...] = ()) -> _Seen:
         """The trace at B (and S), of a callable with the widths given."""
@@ -128,7 +130,7 @@ def formula(
     B, S = first.step.samples, _sequence(model, given, first, seq_len)
     if not B:
         raise BadInput(f"{name}: no batch found whose size could be varied; its forward takes no tensor")
-    traces = _Traces(given, S is not None, how)
+    traces = _Traces(given, S is not None, seq_len, how)
     letters: tuple[str, ...] = ("B",) if S is None else ("B", "S")
     at = (B,) if S is None else (B, S)
     traces.keep(at, first)
@@ -137,6 +139,8 @@ def formula(
     flops = {figure: fits(partial(_figure, figure), figure) for figure in FLOPS}
     parameters = fits(lambda seen: seen.parameters, "the number of parameters")
     notes: list[str] = []
+    if S is None and seq_len is not None:
+        notes.append(f"a sequence of {seq_len} is too short to vary: formulas in B alone")
     shape = _shape(model)
     known = symbols_of(shape, *_weights(model, given, shape), first.model.parameters)
     laws = {figure: Law(p, read_flops(figure, p, known)) for figure, p in flops.items()}
