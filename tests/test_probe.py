@@ -539,3 +539,10 @@ def test_bars_are_on_a_logarithmic_axis():
     assert page._bar(1, -1, 1) == "█" * 12
     assert page._bar(0, -1, 1) == "0"
     assert page._bar(math.inf, -1, 1).endswith("not finite")
+
+
+@pytest.mark.parametrize(("layer", "squared"), [(nn.ReLU(), 2.0), (nn.Tanh(), (5 / 3) ** 2), (nn.Identity(), 1.0)])
+def test_kaiming_has_the_gain_of_what_follows_the_layer(layer, squared):
+    model = nn.Sequential(nn.Linear(256, 512), layer, nn.Linear(512, 256))
+    first = probe(model, torch.randn(64, 256), init="kaiming").layers[0]
+    assert first.gain == pytest.approx(squared, rel=4 * math.sqrt(2 / (256 * 512)))  # four standard errors

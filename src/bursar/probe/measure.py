@@ -162,7 +162,8 @@ class _Row:
     image: bool = False
     rescaled: bool = False
     residual: bool = False
-    activation: str | None = None
+    activation: str | None = None  # that it runs, or that its output went through
+    follows: str | None = None  # the first function its output went through, in whatever layer
     dead: float | None = None
     zero: float | None = None
     saturated: float | None = None
@@ -201,7 +202,8 @@ class _Run:
         seen: dict[nn.Parameter, Place] = {}
         for row in rows:
             if row.weight is not None and row.place is not None:
-                place = replace(row.place, branches=max(1, watch.branches) if row.residual else 1)
+                branches = max(1, watch.branches) if row.residual else 1
+                place = replace(row.place, branches=branches, follows=row.follows)
                 if row.weight not in seen or place.fan_in > seen[row.weight].fan_in:
                     seen[row.weight] = place
         return Probe(
@@ -485,6 +487,8 @@ class _Watch(TorchFunctionMode):
         """Share dead or saturated, told of the layer that runs, or of the one whose output this is."""
         if found is None:
             found = self._silent((x,), output)
+        for producer in x.producers:
+            self.rows[producer].follows = self.rows[producer].follows or name
         index = self._open[-1] if self._open else max(x.producers, default=None)
         if index is None:
             return found

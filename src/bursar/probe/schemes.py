@@ -24,12 +24,13 @@ _SURELY = 6.0  # bounds beyond this many σ touch no weight: 2e-9 of a Gaussian 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a weight stands: its fans, how it is stored, and the residual branches of the model if it ends one."""
+    """Where a weight stands: its fans, how it is stored, what follows, and the model's branches if it ends one."""
 
     fan_in: int
     fan_out: int
     in_first: bool = False  # stored (in, out), as in x @ w; nn.Linear stores (out, in)
     branches: int = 1
+    follows: str | None = "relu"  # the torch function its output goes through; None where a probe saw none
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,22 @@ def truncation(std: float, a: float = -2.0, b: float = 2.0) -> str:
     return f"bounds {bounds} are {min(-a, b) / std:.4g} σ: nothing is truncated; write a=-3*std, b=3*std"
 
 
+def gain(follows: str | None) -> float:
+    """By what weights are scaled for the function that follows: torch's own where it has one, else 1/√E[f(z)²].
+
+    >>> round(gain("relu") ** 2, 4), round(gain(None), 4), round(gain("gelu") ** 2, 2)
+    (2.0, 1.0, 2.35)
+    """
+    name = follows or "linear"
+    try:
+        return float(nn.init.calculate_gain(name))  # type: ignore[arg-type]
+    except ValueError:
+        function = getattr(nn.functional, name, None) or getattr(torch, name)
+        z = torch.linspace(-12, 12, 24001, dtype=torch.float64)
+        density = torch.exp(-z.square() / 2) * (z[1] - z[0]) / math.sqrt(2 * math.pi)
+        return 1 / math.sqrt(float((function(z).square() * density).sum()))
+
+
 def _normal(variance: Callable[[Place], float]) -> Callable[[Tensor, Place], object]:
     return lambda w, place: nn.init.normal_(w, std=math.sqrt(variance(place)))
 
@@ -129,10 +146,10 @@ SCHEMES: dict[str, Scheme] = {
         ),
         _row(
             "kaiming",
-            "2/n_in",
-            "forward after a ReLU, which halves E[x²]",
-            "He et al. 2015, equation 10",
-            lambda p: 2 / p.fan_in,
+            "gain²/n_in",
+            "forward through what follows: gain² = 2 before a ReLU, which halves E[x²]",
+            "He et al. 2015, equation 10; torch.nn.init.calculate_gain",
+            lambda p: gain(p.follows) ** 2 / p.fan_in,
         ),
         _row(
             "trunc-normal",
