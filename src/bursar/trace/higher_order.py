@@ -41,7 +41,7 @@ FLEX = "bursar::flex_attention"
 def patch(undo: Undo, recorder: Recorder) -> None:
     """Take the operators of `EAGER` apart from now on, until ``undo``."""
     _define()
-    plain = torch._ops.HigherOrderOperator.__call__
+    plain: Any = torch._ops.HigherOrderOperator.__call__
 
     @functools.wraps(plain)
     def call(operator: Any, *args: Any, **kwargs: Any) -> Any:
