@@ -450,6 +450,64 @@ def test_an_architecture_traces_from_its_config_alone(kind, tmp_path, monkeypatc
     assert ledger.uncounted == ()
 
 
+class Products(TorchDispatchMode):
+    """FLOPs of a real run's products, by formulas of its own: a second witness that nothing was missed."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self.flops += 2 * args[0].numel() * args[1].shape[-1]
+        elif name in ("addmm", "baddbmm"):
+            self.flops += 2 * args[1].numel() * args[2].shape[-1]
+        elif name == "_grouped_mm":
+            rows = args[0].numel() if args[0].dim() == 2 else args[0].shape[-2] * args[1].shape[0]
+            self.flops += 2 * rows * args[1].shape[-1]
+        elif name == "convolution":
+            per_output = args[1].shape[1:].numel()
+            self.flops += 2 * out.numel() * per_output
+        elif name == "convolution_backward":
+            per_output = args[2].shape[1:].numel()
+            self.flops += 2 * args[0].numel() * per_output * sum(args[-1][:2])
+        elif name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
+            back = name.endswith("backward")
+            q, k, v = args[back : back + 3]
+            named = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | (kwargs or {})
+            S, T = q.shape[2], k.shape[2]
+            seen = S * (S + 1) // 2 if named.get("is_causal") else S * T
+            self.flops += 2 * q.shape[0] * q.shape[1] * seen * (q.shape[3] + v.shape[3]) * (1 + back)
+        return out
+
+
+REAL = {
+    "llama": {**SMALL, "num_key_value_heads": 1},
+    "bert": {**SMALL, "max_position_embeddings": 16},
+    "t5": SAME["t5-base:N=2,d=32,h=2,c=16,F=48,V=50,T=16"][1],
+    "vit": SAME["vit-b16:L=2,d=32,h=2,F=64,P=8,R=32,K=2"][1],
+    "mamba": SAME["mamba-130m:L=2,d=32,N=4,R=2,V=50,T=16"][1],
+    "mixtral": MIXTRAL,
+    "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "image_size": 32},
+    "clip": {"text_config": SMALL, "vision_config": {**SMALL, "image_size": 32, "patch_size": 8}},
+    "wav2vec2": {**SMALL, "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
+                 "layerdrop": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_a_real_run_multiplies_as_much_as_its_trace(kind):
+    torch.manual_seed(0)
+    work = hf.of_config(config(kind, **REAL[kind]), kind, 2, 16)
+    model, batch = work.make()
+    model.train()
+    with Products() as real:
+        work.loss(model, batch).backward()
+    assert run(work, on="cpu").flops.model == real.flops
+
+
 # ---- Bad input
 
 
