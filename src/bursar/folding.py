@@ -128,7 +128,7 @@ def unfold(ledger: Ledger, trunks: Sequence[Trunk], operands: Mapping[int, Opera
     storages alive when it began. Raises Unfoldable.
     """
     collecting = gc.isenabled()
-    gc.disable()  # many records and no garbage: the collector would walk all of torch for nothing, half of the time here
+    gc.disable()  # many records, no garbage: the collector would walk all of torch for nothing, half the time here
     try:
         tape = _tape(ledger, operands)
         for i, trunk in enumerate(trunks, 1):
@@ -183,7 +183,7 @@ class _Unfolding:
         self.homes: dict[int, Home] = {}
         self.places: dict[Home, Storage] = {}
         self.clones: dict[Home, Storage] = {}
-        self.counts: dict[tuple[Any, int], int] = {}
+        self.counts: dict[Any, int] = {}
         seen = {id(s) for s, _ in tape.alive}
         self.born = [[s for s, _ in here if id(s) not in seen and not seen.add(id(s))] for here in tape.events]  # type: ignore[func-returns-value]
         self.renamed: dict[tuple[str, int], str] = {}
@@ -212,7 +212,7 @@ class _Unfolding:
                 row, known = self._longer(row, known, last)
                 new = self._events(tape.events[i + 1])
             elif copied:
-                row = Row(*row[:3], self._renamed(row.module, shift), *row[4:])
+                row = row._replace(module=self._renamed(row.module, shift))
                 new = [(self._near(s, i, shift), delta) for s, delta in tape.events[i + 1]]
                 if known is not None and not last:
                     known = known.replaced(lambda s, shift=shift: self._at(s, shift))  # type: ignore[misc]
@@ -226,6 +226,7 @@ class _Unfolding:
         for storage in {id(s): s for here in (tape.alive, *tape.events) for s, _ in here}.values():
             for name in NAMES:
                 setattr(storage, name, trunk.in_full(getattr(storage, name)))
+        self._check_freed(alive, events)
         return Tape(alive, rows, events, operands)
 
     # ---- which period a row and a storage belong to
@@ -266,8 +267,9 @@ class _Unfolding:
     def _settle(self, storage: Storage, period: int | None, zone: Any) -> None:
         if period is None or (zone is None and id(storage) in self.homes):
             return
-        place = self.counts[(zone, period)] = self.counts.get((zone, period), -1) + 1
-        home = (period, (zone, place))
+        maker = self.trunk.shifted(storage.module, -period), storage.op  # the ends may make more or less in between
+        place = self.counts[(zone, period, maker)] = self.counts.get((zone, period, maker), -1) + 1
+        home = (period, (zone, maker, place))
         if zone is not None:
             self.places[home] = storage
         self.homes[id(storage)] = home
@@ -323,12 +325,22 @@ class _Unfolding:
             found = self.renamed[(path, shift)] = self.trunk.shifted(path, shift)
         return found
 
+    def _check_freed(self, alive: list[Event], events: list[list[Event]]) -> None:
+        """A copy is freed as its original is, once or not at all."""
+        left: dict[int, int] = {}
+        for storage, delta in itertools.chain(alive, *events):
+            left[id(storage)] = left.get(id(storage), 0) + delta
+        for (_, key), clone in self.clones.items():
+            if left.get(id(clone)) != left.get(id(self.places[(2, key)])):
+                raise Unfoldable("a copy of a block would not free what the block frees")
+
     def _relative(self, storage: Storage, period: int) -> Any:
         """``storage`` as seen from ``period``; what belongs to no period is itself."""
         home = self.homes.get(id(storage))
         if home is None:
             return id(storage)
-        return (home[0] - period, home[1], storage.likeness() if home[0] == period else None)
+        # Which of a neighbour's: not compared, for the end may differ there. `_check_freed` sees that all add up.
+        return (home[0] - period, home[1], storage.likeness()) if home[0] == period else home[0] - period
 
     def _alike(self, a: int, b: int) -> bool:
         """Whether row a of P1 and row b of P2 are the same."""
@@ -376,7 +388,7 @@ class _Unfolding:
             order = self._spliced(value, tensors)
             arguments[name] = tuple(tensors[i] for i, _, _ in order)
             if not last:
-                storages[name] = tuple(None if value[i] is None else self._at(value[i], shift) for i, shift, _ in order)  # type: ignore[arg-type]
+                storages[name] = tuple(None if value[i] is None else self._at(value[i], shift) for i, shift, _ in order)
         order = self._spliced(known.outputs, known.op.outputs)
         outputs = tuple(known.op.outputs[i] for i, _, _ in order)
         op = dataclasses.replace(known.op, args=arguments, outputs=outputs)
@@ -414,9 +426,9 @@ def splice(
     """The order of a sequence when ``extra`` periods are put between its second and third.
 
     ``tags`` say each item's period (None: no period's). Where they run 0 1 2 3 the third stretch is repeated, where
-    they run 3 2 1 0 the second; a stretch goes to the item before the next one's first. ``alike(a, b)`` compares an item of
-    period 1 with one of period 2; ``split`` separates two runs that meet in one period. ``claim`` hears of each stretch
-    before any is compared. Returns (item, periods further on, whether it stands in a run). Raises Unfoldable.
+    they run 3 2 1 0 the second; a stretch goes to the item before the next one's first. ``alike(a, b)`` compares an
+    item of period 1 with one of period 2; ``split`` separates two runs that meet in one period. ``claim`` hears of each
+    stretch before any is compared. Returns (item, periods further on, whether it stands in a run). Raises Unfoldable.
 
     >>> splice([None, 0, 1, 2, 3, None], lambda a, b: True, 2, "fffffb")
     [(0, 0, False), (1, 0, True), (2, 0, True), (3, 0, True), (3, 1, True), (3, 2, True), (4, 2, True), (5, 0, False)]

@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
         self._node_module = ""
         self.values = Values()
         self.leaf_modules: dict[int, str] = {}  # storage address of a parameter -> its module
-        self.operands: dict[int, Operands] | None = None  # of rows no module owns, where the ledger is to be unfolded
+        self.operands: dict[int, Operands] | None = None  # of the optimizer's rows, where the ledger is to be unfolded
 
     # ---- what the session tells it
 
@@ -310,7 +310,7 @@ class Recorder(TorchDispatchMode):
         reads_weight = kind in rules.MODEL_KINDS and self._reads_weight(args)
         if info.name == "aten._to_copy" and mine and self._reads_weight(args):
             self._live[mine[0].untyped_storage()._cdata][0].weight_copy = True
-        if self.operands is not None and not module:
+        if self.operands is not None and phase == "optimizer":
             self.operands[row_number] = self._operands(info, args, kwargs, outs)
         self.rows.append(Row(phase, kind, info.name, module, dtype, shapes, dtypes, work, allocated, reads_weight))
 

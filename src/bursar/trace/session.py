@@ -377,13 +377,13 @@ class Session:
 
         Twice, because a first pass may fill caches. Raises Unfoldable where blocks alike are called differently.
         """
+        patches.transformers_kernels(self._patches, self.recorder.values)
         self.skim = skim = Skim(module, tuple(trunks), self.recorder.rows)
         names, self.names = self.names, skim.names
         try:
             for _ in range(2):
                 skim.begin()
-                with torch.no_grad():
-                    forward()
+                forward()
         finally:
             self.skim, self.names = None, names
             self._layer_outputs.clear()

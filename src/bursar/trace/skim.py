@@ -100,7 +100,7 @@ def _token(row: Row) -> Token:
 def _shape_of(value: Any) -> Any:
     """What a block can see of its arguments without looking at their values."""
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.stride(), value.dtype, value.device.type
+        return tuple(value.shape), value.stride(), value.dtype, value.device.type, value.requires_grad
     if isinstance(value, (list, tuple)):
         return tuple(map(_shape_of, value))
     if isinstance(value, dict):
@@ -112,11 +112,9 @@ def _like(value: Any, args: Any) -> Any:
     """How to make another output: a tensor that came in goes out, others are empty."""
     if isinstance(value, torch.Tensor):
         at = next((i for i, a in enumerate(args) if a is value), None)
-        return (
-            ("argument", at)
-            if at is not None
-            else ("new", tuple(value.shape), value.stride(), value.dtype, value.device)
-        )
+        if at is not None:
+            return "argument", at
+        return "new", tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
     if isinstance(value, (list, tuple)):
         return ("list", type(value), [_like(v, args) for v in value])
     if isinstance(value, dict):
@@ -124,13 +122,31 @@ def _like(value: Any, args: Any) -> Any:
     return ("value", value)
 
 
+def _empty(shape: Any, stride: Any, dtype: Any, device: Any) -> torch.Tensor:
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+class _Output(torch.autograd.Function):
+    """An empty tensor that some graph made: one may write into it, as into a block's output."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, *made: Any) -> torch.Tensor:
+        return _empty(*made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("a skimmed pass has no backward")
+
+
 def _made(like: Any, args: Any) -> Any:
     kind, *what = like
     if kind == "argument":
         return args[what[0]]
     if kind == "new":
-        shape, stride, dtype, device = what
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        *made, wants_gradient = what
+        if not wants_gradient:
+            return _empty(*made)
+        return _Output.apply(torch.empty(0, requires_grad=True), *made)  # type: ignore[no-untyped-call]
     if kind == "list":
         parts = [_made(v, args) for v in what[1]]
         return what[0](*parts) if hasattr(what[0], "_fields") else what[0](parts)

@@ -7,6 +7,7 @@ and `skim` the calls of all others.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -64,15 +65,16 @@ def _pattern(likenesses: list[Any], least: int) -> tuple[int, int, int] | None:
 def _likenesses(blocks: list[nn.Module], counts: dict[int, int]) -> list[Any]:
     """One value per block; equal where the blocks are alike."""
     described = [_describe(block, counts) for block in blocks]
-    fixed = [tuple(v if type(v) is not int else int for v in d) for d in described]
-    numbers = [[v for v in d if type(v) is int] for d in described]
-    if len({len(n) for n in numbers}) > 1:
-        return [(f, tuple(n)) for f, n in zip(fixed, numbers, strict=True)]
-    counting = [all(b - a == 1 for a, b in itertools.pairwise(column)) for column in zip(*numbers, strict=True)]
-    return [
-        (f, tuple(v for v, counts_up in zip(n, counting, strict=True) if not counts_up))
-        for f, n in zip(fixed, numbers, strict=True)
-    ]
+    kinds: dict[Any, list[int]] = {}  # blocks that differ in numbers at most
+    for i, values in enumerate(described):
+        kinds.setdefault(tuple(int if type(v) is int else v for v in values), []).append(i)
+    found: list[Any] = [None] * len(blocks)
+    for number, members in enumerate(kinds.values()):
+        columns = list(zip(*([v for v in described[i] if type(v) is int] for i in members), strict=True))
+        counting = [len({v - i for v, i in zip(column, members, strict=True)}) == 1 for column in columns]
+        for place, i in enumerate(members):
+            found[i] = number, *(c[place] for c, counts_up in zip(columns, counting, strict=True) if not counts_up)
+    return found
 
 
 def _describe(block: nn.Module, counts: dict[int, int]) -> list[Any]:
@@ -107,6 +109,8 @@ def _setting(value: Any) -> Iterable[Any]:
         ]
     if isinstance(value, (set, frozenset)):
         return [type(value), frozenset(map(repr, value))]
+    if isinstance(value, functools.partial):
+        return [type(value), *_setting(value.func), *_setting(value.args), *_setting(value.keywords)]
     if isinstance(value, Tensor):
         return [("tensor", id(value))]
     return [("object", id(value))]  # shared by all blocks (a config), or they are not alike

@@ -161,7 +161,7 @@ def _trace(
                 return work.loss(module, batch)
 
         if trunks is not None:
-            trunks += _fold(session, module, forward, work.depth if shallow else None)
+            _fold(session, module, forward, work.depth if shallow else None, trunks)
         session.register(module)
         for tensor in tensors_in(batch):
             session.recorder.adopt(tensor, "inputs", "batch")
@@ -204,23 +204,24 @@ def _trace(
     )
 
 
-def _fold(session: Session, module: nn.Module, forward: Callable[[], Any], depth: int | None) -> list[Trunk]:
-    """Leave of each trunk of ``module`` four periods; of a model made shallow, say how deep it is (``depth``)."""
+def _fold(
+    session: Session, module: nn.Module, forward: Callable[[], Any], depth: int | None, trunks: list[Trunk]
+) -> None:
+    """Leave of each trunk of ``module`` four periods, and list it; of a model made shallow, say its ``depth``."""
     if depth is not None:
-        trunks = [dataclasses.replace(trunk, periods=depth) for trunk in repeats.find(module, KEPT)]
+        trunks += [dataclasses.replace(trunk, periods=depth) for trunk in repeats.find(module, KEPT)]
     else:
-        trunks = repeats.find(module)
+        trunks += repeats.find(module)
         if trunks:
             session.pass_over(module, trunks, forward)
             taken = [weakref.ref(p) for block in repeats.shorten(module, trunks) for p in block.parameters()]
             if any(p() is not None for p in taken) and gc.collect() and any(p() is not None for p in taken):
                 raise Unfoldable("something else holds on to the blocks left out")
             session.assumptions += [
-                f"{t.extra * t.period} blocks of {t.path or 'the model'} are written from {KEPT * t.period} traced like them"
+                f"{t.path or 'the model'}: {t.extra * t.period} of the blocks are written from {KEPT * t.period} alike, traced"
                 for t in trunks
             ]
     session.fold(trunks)
-    return trunks
 
 
 def _assumptions(
