@@ -317,7 +317,7 @@ def transformers_kernels(undo: Undo, values: Values) -> None:
     of constants: positions, a mask of ones) may be looked at like a real one. Of positions that are not known we say
     that nothing is packed. Switch's experts go by name, ``f"expert_{index}"``.
     """
-    plain_format = FakeTensor.__format__
+    plain_format: Any = FakeTensor.__format__
 
     def formatted(tensor: Any, spec: str) -> str:
         known = None if tensor.dim() else values.of(tensor)
@@ -328,7 +328,7 @@ def transformers_kernels(undo: Undo, values: Values) -> None:
     if imports is not None and imports.is_fake_tensor.__module__ == imports.__name__:
         undo.set(imports, "is_fake_tensor", lambda x: isinstance(x, FakeTensor) and values.of(x) is None)
     masking = sys.modules.get("transformers.masking_utils")
-    if masking is not None and masking.find_packed_sequence_indices.__module__ == masking.__name__:
+    if imports is not None and masking is not None and hasattr(masking, "find_packed_sequence_indices"):
         plain = masking.find_packed_sequence_indices
         undo.set(
             masking,

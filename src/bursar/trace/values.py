@@ -80,8 +80,8 @@ class Values:
                 chosen = int(mask.expand(torch.broadcast_shapes(mask.shape, args[0].shape)).sum())
             return torch.empty(chosen, dtype=args[0].dtype, device=args[0].fake_device)
         if name == "aten::_ctc_loss" and func._overloadname == "Tensor":
-            lengths = [self.of(t) for t in args[2:4]]
-            if any(t is None for t in lengths):
+            lengths = [t for t in map(self.of, args[2:4]) if t is not None]
+            if len(lengths) < 2:
                 return NotImplemented
             return aten._ctc_loss.default(*args[:2], *([int(n) for n in t.tolist()] for t in lengths), *args[4:])
         real = self._real((args, kwargs or {}))

@@ -157,7 +157,7 @@ def _sound_mask(s: _Sizes) -> Tensor:
 
 
 def _history(s: _Sizes) -> int:
-    lags = getattr(s.config, "lags_sequence", None) or [0]
+    lags: list[int] = getattr(s.config, "lags_sequence", None) or [0]
     return s.size(s.config, "context_length", "prediction_length", default=32) + max(lags)
 
 

@@ -59,7 +59,8 @@ class Block(nn.Module):
     def __init__(self, d: int, h: int, dk: int, f: int, decoder: bool) -> None:
         super().__init__()
         self.norm1, self.attention = RMSNorm(d, 1e-6), Attention(d, h, dk)
-        self.norm2, self.cross = (RMSNorm(d, 1e-6), Attention(d, h, dk)) if decoder else (None, None)
+        self.norm2 = RMSNorm(d, 1e-6) if decoder else None
+        self.cross = Attention(d, h, dk) if decoder else None
         self.norm3, self.up, self.down = RMSNorm(d, 1e-6), nn.Linear(d, f, bias=False), nn.Linear(f, d, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor, encoded: Tensor | None = None) -> Tensor:
