@@ -218,7 +218,7 @@ def _fold(
             if any(p() is not None for p in taken) and gc.collect() and any(p() is not None for p in taken):
                 raise Unfoldable("something else holds on to the blocks left out")
             session.assumptions += [
-                f"{t.path or 'the model'}: {t.extra * t.period} of the blocks are written from {KEPT * t.period} alike, traced"
+                f"{t.path or 'the model'}: {t.extra * t.period} blocks are written from {KEPT * t.period} alike, traced"
                 for t in trunks
             ]
     session.fold(trunks)
