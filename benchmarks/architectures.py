@@ -213,8 +213,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Architectures of transformers, traced",
         "",
-        f"{datetime.date.today()}, `benchmarks/architectures.py`, bursar {bursar.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {platform.machine()}, {os.cpu_count()} cores. One training step "
+        f"{datetime.date.today()}, `benchmarks/architectures.py`, bursar {bursar.__version__}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {os.cpu_count()} cores. One training step "
         "(forward, backward, AdamW) on the fake GPU, the default config cut to few layers and experts.",
         "",
         f"- {len(rows)} model types; transformers builds {len(built)} of them here",
@@ -262,12 +262,12 @@ def main() -> None:
     options = asked.parse_args()
     warnings.simplefilter("ignore")
     import torch
-    import transformers.models.bert.modeling_bert  # what every type needs, loaded before the forks
+    import transformers.models.bert.modeling_bert  # noqa: F401  (what every type needs, loaded before the forks)
     from transformers.models.auto import modeling_auto  # noqa: F401
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     import bursar.workload.hf_batch
-    import bursar.workload.step
+    import bursar.workload.step  # noqa: F401
     from bursar.trace import accelerator
 
     torch.set_num_threads(1)

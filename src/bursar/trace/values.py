@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 
 aten = torch.ops.aten
-MAX_ELEMENTS = 2**20  # a larger tensor is not computed: 1 M elements take about a millisecond
+MAX_ELEMENTS = 2**17  # positions and masks of padding are smaller; S × S masks are not looked at, and cost 10 ms each
+MAX_FLOATS = 2**12  # numbers that are looked at are few: rates, scales, a table's bounds
 MAX_ASSUMED_ELEMENTS = 2**23  # which token goes to which expert, one-hot, is larger and asked for more often
 
 BALANCED = "routing is balanced: every expert gets its equal share of the tokens"
@@ -143,7 +144,7 @@ class Values:
     def _new_buffer(self, fake: torch.Tensor, assumption: str) -> _Buffer | None:
         storage = fake.untyped_storage()
         n_bytes = storage.nbytes()
-        limit = MAX_ASSUMED_ELEMENTS if assumption else MAX_ELEMENTS
+        limit = _limit(fake, assumption)
         if type(n_bytes) is not int or n_bytes > limit * fake.element_size():  # a symbolic size has no values
             return None
         address, buffers = storage._cdata, self._buffers
@@ -186,6 +187,8 @@ class Values:
             self._assume(info, args, out)
             return
         assumption = self._assumption((args, kwargs)) if self._buffers else ""
+        if not _small(out, _limit(tensor, assumption)):
+            return
         with no_dispatch():
             try:
                 values = func(*real[0], **real[1])
@@ -200,7 +203,7 @@ class Values:
 
     def _fill(self, tensor: FakeTensor, value: int) -> None:
         with no_dispatch():
-            buffer = self._new_buffer(tensor, "") if _small(tensor) else None
+            buffer = self._new_buffer(tensor, "")
             if buffer is not None:
                 buffer.data.fill_(value)
 
@@ -286,6 +289,13 @@ class Values:
                 found[key] = real
             return found
         return value
+
+
+def _limit(tensor: torch.Tensor, assumption: str) -> int:
+    """How many elements of such a tensor are worth computing."""
+    if assumption:
+        return MAX_ASSUMED_ELEMENTS
+    return MAX_FLOATS if tensor.is_floating_point() else MAX_ELEMENTS
 
 
 def _fakes(value: Any) -> Iterator[FakeTensor]:
