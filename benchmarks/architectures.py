@@ -215,7 +215,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         f"{datetime.date.today()}, `benchmarks/architectures.py`, bursar {bursar.__version__}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {os.cpu_count()} cores. "
-        "One training step (forward, backward, AdamW) on the fake GPU, the default config cut to few layers and experts.",
+        "One training step (forward, backward, AdamW) on the fake GPU, the default config cut to few layers.",
         "",
         f"- {len(rows)} model types; transformers builds {len(built)} of them here",
         f"- **{len(traced)} of {len(built)} traced ({len(traced) / max(1, len(built)):.1%})**, "
