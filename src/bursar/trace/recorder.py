@@ -461,7 +461,8 @@ class Recorder(TorchDispatchMode):
 
         def gone(_: Any) -> None:
             live.pop(address, None)
-            record.freed_in = self._phase_now()
+            # A checkpoint ends its second forward early, by an exception: what is let go then, no backward read
+            record.freed_in = "recompute" if rows and rows[-1].phase == "recompute" else self._phase_now()
             events.append((len(rows) - 1, record.index, -record.n_bytes))
 
         live[address] = (record, weakref.ref(storage, gone))
