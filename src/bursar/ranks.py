@@ -10,6 +10,7 @@ import datetime
 import gc
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,14 @@ def group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
         gc.collect()  # a model is a cycle; one that outlived its group ended the process in an abort, 4 times in 16
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within this block torch does not warn that one process is no group; of all else it does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
 
 
 def _lost() -> list[int]:

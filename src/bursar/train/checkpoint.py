@@ -8,7 +8,6 @@ latest              the name of the newest, replaced in one go
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def save(folder: Path, config: Config, trainee: Trainee, step: int) -> Path:
     try:
         ranks.first(lambda: files.empty(aside))
         writer = filesystem.FileSystemWriter(aside)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process is no group
+        with ranks.alone():
             state_dict_saver.save(_state(trainee), storage_writer=writer, no_dist=ranks.count == 1)
         ranks.first(lambda: files.seal(aside, final, about, config.keep))
     except (CheckpointException, OSError) as error:
@@ -68,7 +67,7 @@ def load(path: Path, manifest: dict[str, Any], trainee: Trainee) -> int:
     state = _state(trainee)
     if manifest["ranks"] != ranks.count:  # each rank's random state is its own
         state = {key: state[key] for key in ("model", "optimizer")}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
+    with ranks.alone():
         state_dict_loader.load(state, storage_reader=filesystem.FileSystemReader(path), no_dist=ranks.count == 1)
     model, optimizer = state["model"], state["optimizer"]
     set_state_dict(trainee.module, trainee.optimizer, model_state_dict=model, optim_state_dict=optimizer)
