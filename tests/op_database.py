@@ -39,7 +39,7 @@ UNPRICED = {
     None: {
         "item": _DATA, "equal": _DATA, "allclose": _DATA, "nonzero": _DATA, "argwhere": _DATA, "cov": _DATA,
         "nn.functional.gaussian_nll_loss": "looks whether a variance is negative",
-        "tensor_split": "reads in C++ where to split, and only from the host",
+        "istft": "looks whether the windows leave a gap",
         "jiterator_unary": _JITERATOR, "jiterator_binary": _JITERATOR, "jiterator_2inputs_2outputs": _JITERATOR,
         "jiterator_4inputs_with_extra_args": _JITERATOR, "jiterator_binary_return_by_ref": _JITERATOR,
         "sparse.mm.reduce": "torch has its backward on the CPU alone",
@@ -47,6 +47,7 @@ UNPRICED = {
     "cpu": {
         "item": _DATA, "equal": _DATA, "nonzero": _DATA, "argwhere": _DATA, "cov": _DATA,
         "nn.functional.gaussian_nll_loss": "looks whether a variance is negative",
+        "istft": "looks whether the windows leave a gap",
         "tensor_split": "reads in C++ where to split",
         "jiterator_unary": _JITERATOR, "jiterator_binary": _JITERATOR, "jiterator_2inputs_2outputs": _JITERATOR,
         "jiterator_4inputs_with_extra_args": _JITERATOR, "jiterator_binary_return_by_ref": _JITERATOR,

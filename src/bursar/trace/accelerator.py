@@ -157,6 +157,7 @@ def install() -> None:
     for key in ("AutogradPrivateUse1", "PrivateUse1"):  # with and without gradients
         kernels.impl("scaled_dot_product_attention", _scaled_dot_product_attention, key)
         kernels.impl("rms_norm", _rms_norm, key)
+        kernels.impl("tensor_split.tensor_indices_or_sections", _tensor_split, key)
     # A kernel of the backend's own makes torch use the op's autograd formula instead of decomposing it; it never runs.
     for name in ONE_KERNEL:
         kernels.impl(name, _never, "PrivateUse1")
@@ -173,6 +174,12 @@ def _rms_norm(
 ) -> Any:
     """RMSNorm as CUDA runs it: one kernel that saves x, weight and 1/rms in fp32 (off CUDA torch decomposes it)."""
     return aten._fused_rms_norm.default(x, normalized_shape, weight, eps)[0]
+
+
+def _tensor_split(x: torch.Tensor, where: torch.Tensor, dim: int = 0) -> Any:
+    """Ask for the values where torch's own code takes their address, which fake tensors have not."""
+    places: Any = where.tolist()
+    return aten.tensor_split.indices(x, places, dim) if where.dim() else aten.tensor_split.sections(x, places, dim)
 
 
 def _scaled_dot_product_attention(
