@@ -102,7 +102,7 @@ def test_the_json_of_cruncher_has_the_notes_numbers(capsys):
 def test_the_json_has_every_field_of_the_contract(capsys):
     found = record(capsys, "step", "gpt2:L=2", "--batch-size", "1", "--precision", "bf16", "--on", "h100-sxm")
     assert set(found) == {"schema_version", "model", "step", "flops", "bytes_moved", "memory", "collectives", "time",
-                          "fits", "hardware", "assumptions", "versions"}  # fmt: skip
+                          "fits", "hardware", "modules", "assumptions", "versions"}  # fmt: skip
     assert {"model", "hardware", "forward", "backward", "recompute", "optimizer", "by_kind", "by_dtype", "total",
             "six_p_tokens", "attention", "attention_full_square", "uncounted"} <= set(found["flops"])  # fmt: skip
     assert {"seconds", "roofline_seconds", "lower_seconds", "upper_seconds", "mfu", "mfu_full_square", "hfu",

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from bursar.ledger import Ledger
+from bursar.modules import shares
 from bursar.report.gradients import Layer, layers
 from bursar.roofline import Forecast
 
@@ -39,6 +40,17 @@ class FlopsRecord(msgspec.Struct):
     uncounted: list[UncountedOp]
 
 
+class ModuleRecord(msgspec.Struct):
+    """One module's share, or each of ``copies`` alike whose first number rises by one."""
+
+    module: str
+    copies: int
+    flops: int
+    bytes_moved: int
+    bytes_at_peak: int
+    roofline_seconds: float | None
+
+
 class StepRecord(msgspec.Struct, kw_only=True):
     """What ``bursar step --json`` prints."""
 
@@ -52,6 +64,7 @@ class StepRecord(msgspec.Struct, kw_only=True):
     time: dict[str, Any] | None
     fits: bool | None
     hardware: dict[str, Any] | None
+    modules: list[ModuleRecord]  # their figures add up to the step's
     gradients: list[Layer] | msgspec.UnsetType = msgspec.UNSET
     assumptions: list[str]
     versions: dict[str, str]
@@ -124,6 +137,7 @@ def step_record(
         hardware=None
         if forecast is None
         else {"name": forecast.cluster.accelerator.name, "count": forecast.cluster.count},
+        modules=[ModuleRecord(*share) for share in shares(ledger, forecast.cluster.accelerator if forecast else None)],
         gradients=layers(ledger) if gradients else msgspec.UNSET,
         assumptions=[*ledger.assumptions, *(forecast.assumptions if forecast else ())],
         versions=dict(ledger.versions),
