@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bursar.ledger import Ledger
+    from bursar.meter.live import Meter
     from bursar.rules import rule
     from bursar.run import Run, solve
     from bursar.trace import tracing
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Ledger": ("bursar.ledger", "Ledger"),
+    "Meter": ("bursar.meter.live", "Meter"),
     "formula": ("bursar.workload.formula", "formula"),
     "Run": ("bursar.run", "Run"),
     "rule": ("bursar.rules", "rule"),
@@ -28,6 +30,7 @@ _WHERE = {
     "tracing": ("bursar.trace", "tracing"),
 }
 _NEED_TORCH = {
+    "Meter": "a meter stands in a torch training loop",
     "formula": "formulas are derived from traces of the model's own code",
     "step": "a step is traced by running the model's own code",
     "tracing": "a trace runs torch on fake tensors",
@@ -53,4 +56,4 @@ def __getattr__(name: str) -> Any:
     return found
 
 
-__all__ = ["Ledger", "Run", "__version__", "formula", "rule", "solve", "step", "tracing"]
+__all__ = ["Ledger", "Meter", "Run", "__version__", "formula", "rule", "solve", "step", "tracing"]

@@ -93,6 +93,11 @@ def _peak(device: Accelerator, dtype: str) -> float:
     return device.peak(dtype)
 
 
+def seconds_at_peak(flops: Mapping[str, int], device: Accelerator) -> float:
+    """MFU's ideal time: the sum over dtypes of FLOPs by dense peak. Raises BadInput for a dtype without one."""
+    return sum(n / _peak(device, dtype) for dtype, n in flops.items())
+
+
 def forecast(ledger: Ledger, cluster: Cluster) -> Forecast:
     """``ledger``'s step on ``cluster``: each device runs the recorded rows, gradients are reduced over all of them.
 
