@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from torch.testing._internal import common_utils
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.opinfo.core import ReductionOpInfo, UnaryUfuncInfo
 # That harness forbids to set torch.backends' flags, for the whole process; other tests set them
@@ -76,6 +77,8 @@ def samples_of(op, at_most=None):
     with contextlib.ExitStack() as stack:
         for device in (torch.cuda, torch.xpu):  # each sample is seeded, and a device not there keeps a stack of each
             stack.enter_context(mock.patch.object(device, "manual_seed_all"))
+        # It looks for torch's own test among the callers, and reads the source of them all: half of the time
+        stack.enter_context(mock.patch.object(common_utils, "extract_test_fn", return_value=None))
         for sample in op.sample_inputs("cpu", dtype, requires_grad=wants_grad):
             found.append(sample)
             if at_most is not None and len(found) == FROM_FIRST:
