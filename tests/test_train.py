@@ -356,6 +356,16 @@ def test_foreign_folders_are_no_checkpoints(text):
         run(text, GPT, resume=True)
 
 
+def test_a_whole_folder_of_another_format_is_no_checkpoint(text):
+    run(text, GPT, max_steps=5)
+    folder = text / "run" / "step-00000005"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for content in (manifest | {"format": "other-1"}, [manifest], {**manifest, "files": 3}):
+        (folder / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(BadInput, match=r"no good checkpoint to resume: .*step-00000005 has no manifest.json of fo"):
+            run(text, GPT, resume=True)
+
+
 def test_the_newest_are_kept(text):
     run(text, {**GPT, "keep": 2})
     assert sorted(p.name for p in (text / "run").glob("step-*")) == ["step-00000015", "step-00000020"]
