@@ -46,7 +46,7 @@ UNPRICED = {
         "sparse.mm.reduce": "torch has its backward on the CPU alone",
     },
     "cpu": {
-        "item": _DATA, "equal": _DATA, "nonzero": _DATA, "argwhere": _DATA, "cov": _DATA,
+        "item": _DATA, "equal": _DATA, "allclose": _DATA, "nonzero": _DATA, "argwhere": _DATA, "cov": _DATA,
         "nn.functional.gaussian_nll_loss": "looks whether a variance is negative",
         "istft": "looks whether the windows leave a gap",
         "tensor_split": "reads in C++ where to split",
