@@ -13,8 +13,8 @@ def reduce(op: Op, per_element: int = 1) -> Work:
 
 @rule("aten.sum", "aten.mean", "aten.cumsum", "aten.cumsum_", "aten.prod", "aten.cumprod", "aten.amax", "aten.amin",
       "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.any", "aten.all", "aten.nansum", "aten.cummax",
-      "aten.cummin", "aten.hash_tensor", "aten._aminmax", "aten.count_nonzero", "aten.equal", "aten._is_all_true",
-      "aten._is_any_true", kind="reduction")  # fmt: skip
+      "aten.cummin", "aten.hash_tensor", "aten._aminmax", "aten.count_nonzero", "aten.equal", "aten.allclose",
+      "aten._is_all_true", "aten._is_any_true", kind="reduction")  # fmt: skip
 def plain(op: Op) -> Work:
     """One add or comparison per element."""
     return reduce(op)
