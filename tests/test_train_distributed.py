@@ -42,6 +42,7 @@ def update(*args, **kwargs):
     return plain(*args, **kwargs)
 loop.update = update
 """
+NEVER_COMES = "import os\nif os.environ['RANK'] == '1':\n    os._exit(0)"
 HANGS = LEAVES.replace("os._exit(0)", "import time; time.sleep(60)")
 
 
@@ -100,7 +101,9 @@ def test_leaving_out_1_over_n_would_be_noticed(tmp_path, one):
     assert wrong[-1] / 4 != pytest.approx(one[len(wrong) - 1], rel=1e-3)  # not for the printed sum alone
 
 
-@pytest.mark.parametrize(("patch", "timeout"), [(LEAVES, 60), (HANGS, 5)], ids=["exits", "hangs"])
+@pytest.mark.parametrize(
+    ("patch", "timeout"), [(LEAVES, 60), (HANGS, 5), (NEVER_COMES, 2)], ids=["exits", "hangs", "never"]
+)
 def test_a_rank_that_is_gone_is_named_and_nobody_waits_for_ever(tmp_path, patch, timeout):
     began = time.monotonic()
     done = launch(tmp_path, "gone", 2, patch=patch, timeout=timeout)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from bursar.errors import BadInput, NoAnswer
@@ -48,13 +49,18 @@ def group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
     if count == 1:
         yield
         return
-    wait = datetime.timedelta(seconds=timeout_seconds)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
-    _kept.append(dist.group.WORLD)
+    wait, store, backend = (
+        datetime.timedelta(seconds=timeout_seconds),
+        None,
+        "nccl" if device.type == "cuda" else "gloo",
+    )
     try:
+        store, _, _ = next(rendezvous("env://", timeout=wait))
+        dist.init_process_group(backend, store=store, rank=mine, world_size=count, timeout=wait)
+        _kept.append(dist.group.WORLD)
         yield
     except (RuntimeError, dist.DistError) as error:
-        if lost := _lost():
+        if lost := _lost(store):
             names = ", ".join(map(str, lost))
             raise NoAnswer(
                 f"rank {mine} waited for rank {names} of {count}, which is gone or hangs (timeout_seconds = "
@@ -64,7 +70,8 @@ def group(device: torch.device, timeout_seconds: float) -> Iterator[None]:
     finally:
         gc.collect()  # a model is a cycle; one that outlived its group ended the process in an abort, 4 times in 16
         with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -75,9 +82,10 @@ def alone() -> Iterator[None]:
         yield
 
 
-def _lost() -> list[int]:
+def _lost(store: Any) -> list[int]:
     """The ranks that do not answer through the store, which the launcher keeps."""
-    store: Any = dist.distributed_c10d._get_default_store()
+    if store is None:
+        return [0]  # without a launcher the store lives in rank 0
     try:
         store.set(f"bursar/survivor/{mine}", "here")
         end = time.monotonic() + _SURVIVORS_WAIT_SECONDS
@@ -86,7 +94,7 @@ def _lost() -> list[int]:
                 return missing
             time.sleep(0.05)
     except (RuntimeError, dist.DistError):
-        return [0]  # without a launcher the store lives in rank 0
+        return [0]
     return []
 
 
