@@ -67,7 +67,9 @@ def probe(
     from bursar.probe import sweep
 
     if depth is not None:
-        depths = sweep.parse_depths(depth)
+        depths, asked = sweep.parse_depths(depth), model
+        if (model := sweep.narrowed(model)) != asked:
+            common.warn([f"the sweep takes {model}: width changes no second moment; give H to choose it"])
         with common.progress(f"probing {model} at {len(depths)} depths"):
             found, points = sweep.over_depth(model, depths, init, batch_size, seq_len, lr, seed)
         verdict = page.worst(points)

@@ -281,7 +281,7 @@ def _tolerance(spread: float) -> float:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) for t in tensors))
+    return math.sqrt(sum(map(theory.square_sum, tensors)))
 
 
 def _marked(value: Any) -> Any:
@@ -368,7 +368,7 @@ class _Watch(TorchFunctionMode):
         if output.requires_grad:
 
             def keep(gradient: Tensor) -> None:
-                row.gradient_squared.append(float(gradient.detach().double().square().sum()))
+                row.gradient_squared.append(theory.square_sum(gradient))
 
             output.register_hook(keep)
 

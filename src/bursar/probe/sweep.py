@@ -21,6 +21,7 @@ SEQ_LEN, SEQUENCES = 128, 2  # enough independent rows, and a second or two on a
 SAMPLES = 64  # of a model without a sequence: Cruncher's own 2 tell little
 IMAGES = ("resnet50",)  # keep their preset's batch
 MAX_DEPTH = 1024
+NARROW = {"mlp": 512}  # H in a sweep: its own 2048 is 530 million weights over 1..64
 
 
 def probe_named(
@@ -79,6 +80,18 @@ def over_depth(
         points.append(Depth(depth, found.layers[-1].forward_second_moment, first, found.verdict))
     assert found is not None  # parse_depths gives at least one
     return found, points
+
+
+def narrowed(model: str) -> str:
+    """The model that a sweep takes: narrower than the preset, where no H is asked for. Width changes no second moment.
+
+    >>> narrowed("mlp"), narrowed("mlp:D=64,H=64"), narrowed("gpt2:d=96")
+    ('mlp:H=512', 'mlp:D=64,H=64', 'gpt2:d=96')
+    """
+    name, _, sizes = model.partition(":")
+    if name not in NARROW or any(part.startswith("H=") for part in sizes.split(",")):
+        return model
+    return f"{name}:{','.join([*filter(None, [sizes]), f'H={NARROW[name]}'])}"
 
 
 def parse_depths(text: str) -> list[int]:
