@@ -46,7 +46,7 @@ FIGURES: Mapping[str, tuple[str, str]] = {
 ALWAYS = ("model.parameters", "flops.model", "flops.total", "bytes_moved.total", "memory.peak_bytes",
           "time.roofline_seconds")  # fmt: skip
 OF_A_MODULE = {"flops": ("FLOPs", "FLOP"), "bytes_moved": ("bytes moved", "B"),
-               "bytes_at_peak": ("bytes at peak", "B"), "roofline_seconds": ("time bound", "s")}  # fmt: skip
+               "bytes_at_peak": ("at peak", "B"), "roofline_seconds": ("time bound", "s")}  # fmt: skip
 GATES = {"flops": "flops.total", "bytes": "bytes_moved.total", "peak": "memory.peak_bytes",
          "time": "time.roofline_seconds"}  # fmt: skip
 
