@@ -1,4 +1,4 @@
-"""The comparison's hand counts are right, and its verdicts can be against a tool, bursar too (benchmarks/counters.py)."""
+"""The comparison's hand counts are right, and its verdicts can go against any tool (benchmarks/counters.py)."""
 
 from __future__ import annotations
 
