@@ -20,8 +20,9 @@ from torch import nn
 
 import bursar
 from bursar.cli import main
-from bursar.diff import FIGURES, OF_A_MODULE, FileChange, Side, Source, changed_lines, compare, limits, rose, span
+from bursar.diff import FIGURES, OF_A_MODULE, FileChange, Side, Source, changed_lines, compare, span
 from bursar.errors import BadInput, BursarError
+from bursar.gate import limits, rose
 from bursar.hardware import accelerator
 from bursar.modules import folded, label, shares, unfolded
 from bursar.report.diff import markdown
@@ -235,7 +236,22 @@ def test_a_limit_is_read_exactly():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "2", "two%", "nan%", "inf%", "-1%", "%", "1/0%", "flops=", "flops=1%,flops=2%", "1%,2%", "speed=2%", "²%"],
+    [
+        "",
+        "2",
+        "two%",
+        "nan%",
+        "inf%",
+        "-1%",
+        "%",
+        "1/0%",
+        "flops=",
+        "flops=1%,flops=2%",
+        "1%,2%",
+        "speed=2%",
+        "²%",
+        "1e9%",
+    ],
 )
 def test_a_limit_that_cannot_be_read_is_refused(text):
     with pytest.raises(BursarError):
@@ -278,6 +294,8 @@ def test_time_on_two_devices_is_not_compared_and_not_gated_in_silence(three):
     assert rose(diff, limits("0%")) == []
     with pytest.raises(BadInput, match="no time to compare"):
         rose(diff, limits("time=2%"))
+    nowhere = side(on=None)
+    assert any("neither side" in text for text in compare(nowhere, nowhere).notes)
 
 
 # ---- pages
@@ -352,6 +370,19 @@ def test_a_record_whose_modules_cannot_be_is_refused(three):
         record["modules"][0] |= module
         with pytest.raises(BadInput, match="no record of bursar step"):
             compare(Side("saved.json", record), three)
+
+
+def test_saved_records_are_compared_without_torch(capsys, tmp_path):
+    _, text, _ = ask(capsys, "step", "cruncher", "--json")
+    (tmp_path / "base.json").write_text(text)
+    script = (
+        "import sys\nfrom bursar.cli import main\n"
+        f"main(['diff', {str(tmp_path / 'base.json')!r}, {str(tmp_path / 'base.json')!r}, '--max-increase', '0%'])\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no difference" in done.stdout
 
 
 # ---- git

@@ -1,7 +1,7 @@
 """What changed between two steps: two records of ``bursar step --json``, laid side by side. No torch.
 
-Figures are compared by their place in the record, modules by their path. Nothing is rounded before it is compared, so
-a gate on "no more than 2 %" is exact.
+Figures are compared by their place in the record, modules by their path. Nothing is rounded before it is compared, so a
+gate on "no more than 2 %" is exact.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from bursar.errors import BadInput, UnknownName
+from bursar.errors import BadInput
 from bursar.memory import CLASSES
 from bursar.modules import Share, numbered, unfolded
 from bursar.rules import KINDS
@@ -47,8 +47,6 @@ ALWAYS = ("model.parameters", "flops.model", "flops.total", "bytes_moved.total",
           "time.roofline_seconds")  # fmt: skip
 OF_A_MODULE = {"flops": ("FLOPs", "FLOP"), "bytes_moved": ("bytes moved", "B"),
                "bytes_at_peak": ("at peak", "B"), "roofline_seconds": ("time bound", "s")}  # fmt: skip
-GATES = {"flops": "flops.total", "bytes": "bytes_moved.total", "peak": "memory.peak_bytes",
-         "time": "time.roofline_seconds"}  # fmt: skip
 
 
 class Lines(NamedTuple):
@@ -153,6 +151,8 @@ def compare(a: Side, b: Side, files: Sequence[FileChange] = (), notes: Sequence[
     if devices[0] != devices[1]:
         figures = tuple(replace(c, before=None, after=None) if c.figure.startswith("time") else c for c in figures)
         said.append(f"time bounds are not compared: A is priced on {_device(devices[0])}, B on {_device(devices[1])}")
+    elif devices[0] is None:
+        said.append("time bounds are not compared: neither side is priced on a device")
     versions = [dict(side.record.get("versions") or {}) for side in (a, b)]
     said += [
         f"A was counted with {name} {versions[0][name]}, B with {versions[1][name]}"
@@ -377,74 +377,3 @@ def _lines(a: Side, b: Side, pair: _Pair, files: Sequence[FileChange]) -> tuple[
 def _touches(source: Source, lines: Lines, of_a: bool) -> bool:
     first, count = (lines.first, lines.removed) if of_a else (lines.first_after, lines.added)
     return count > 0 and first <= source.last and source.first <= first + count - 1
-
-
-# ---- the gate
-
-_ALL = "all"
-
-
-def limits(text: str) -> dict[str, Fraction]:
-    """How much each of GATES may rise, as a share: "2%" for all, "flops=2%,peak=0%" for these, "2%,peak=0%" for both.
-
-    Raises BadInput and UnknownName.
-
-    >>> limits("flops=2%,peak=0.5%")
-    {'flops': Fraction(1, 50), 'peak': Fraction(1, 200)}
-    """
-    found: dict[str, Fraction] = {}
-    for part in text.split(","):
-        name, equals, share = (x.strip() for x in part.rpartition("="))
-        if equals and name not in GATES:
-            raise UnknownName("figure to limit", name, GATES, "As in --max-increase flops=2%,peak=0%.")
-        if (name or _ALL) in found:
-            raise BadInput(f"--max-increase {text!r} says twice how much {name or 'all'} may rise")
-        found[name or _ALL] = _percent(share, text)
-    rest = found.pop(_ALL, None)
-    return found if rest is None else {**dict.fromkeys(GATES, rest), **found}
-
-
-def _percent(share: str, text: str) -> Fraction:
-    number = share.strip().removesuffix("%").strip()
-    try:
-        if not share.strip().endswith("%") or not number.isascii() or "/" in number:
-            raise ValueError
-        found = Fraction(number) / 100
-    except (ValueError, ZeroDivisionError):
-        raise BadInput(
-            f"--max-increase {text!r}: {share.strip()!r} is no percentage; write 2%, or "
-            "flops=2%,bytes=2%,peak=0%,time=1%"
-        ) from None
-    if found < 0:
-        raise BadInput(f"--max-increase {text!r}: a limit below 0 % would ask for less; give 0% or more")
-    return found
-
-
-def rose(diff: Diff, allowed: Mapping[str, Fraction]) -> list[str]:
-    """What rose over its limit, in words; empty where all is within.
-
-    A figure that one side does not have (time, in a saved record without a device) is left out where all were limited.
-    Raises BadInput where it was named.
-    """
-    by_figure = {c.figure: c for c in diff.figures}
-    said: list[str] = []
-    for gate, limit in allowed.items():
-        change = by_figure[GATES[gate]]
-        if change.before is None or change.after is None:
-            if len(allowed) < len(GATES):
-                raise BadInput(f"--max-increase {gate}: the two sides have no {gate} to compare")
-            continue
-        before, after = Fraction(change.before), Fraction(change.after)
-        percent = f"{float(limit * 100):g} %"
-        if after > before * (1 + limit):
-            by = f"by {float((after / before - 1) * 100):.2f} %" if before else f"from nothing to {change.after}"
-            said.append(f"{FIGURES[change.figure][0]} rose {by}, allowed is {percent}")
-        if gate == "flops" and diff.uncounted:
-            said.append(
-                f"FLOPs rose by an unknown amount: B leaves {', '.join(diff.uncounted)} uncounted where A does not"
-            )
-    return said
-
-
-__all__ = ["Change", "Diff", "FileChange", "Lines", "ModuleChange", "Side", "Source", "changed_lines", "compare",
-           "limits", "rose", "span"]  # fmt: skip

@@ -64,8 +64,8 @@ def diff(
     markdown:
         print Markdown, for a job's summary
     """
-    from bursar.diff import limits, rose
     from bursar.errors import BadInput, NoAnswer
+    from bursar.gate import limits, rose
 
     allowed = {} if max_increase is None else limits(max_increase)
     if json and markdown:

@@ -155,7 +155,8 @@ def _title(side: Side) -> str:
     at = f" at {side.revision}" if side.revision and "(" in side.revision else ""
     at = at or (f" in the {side.revision}" if side.revision else "")
     parameters = format_count(side.record["model"]["parameters"])
-    return f"{side.name}{at}: {parameters} parameters, {step['samples']} samples = {step['tokens']} tokens"
+    samples, tokens = (f"{step[what]} {what[:-1] if step[what] == 1 else what}" for what in ("samples", "tokens"))
+    return f"{side.name}{at}: {parameters} parameters, {samples} = {tokens}"
 
 
 def _verdict(diff: Diff) -> str:

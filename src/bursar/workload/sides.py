@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 
 from bursar import revisions
 from bursar.diff import Diff, FileChange, Side, Source, changed_lines, compare
-from bursar.errors import BadInput, TraceFailed
+from bursar.errors import BadInput, MissingExtra, TraceFailed
 from bursar.hardware import cluster
 from bursar.report.record import SCHEMA_VERSION
 from bursar.workload import apart
@@ -76,6 +77,8 @@ def diff(
     on = on or _device_of(saved)
     if on not in (None, "cpu") and on is not None:
         cluster(on)  # an unknown name is nobody's side
+    if any(s is None for s in saved[: 1 if b is None else 2]) and importlib.util.find_spec("torch") is None:
+        raise MissingExtra("torch", "a step is traced by running the model's own code")
     with revisions.temporary() as folder:
         asked = [_Asked("A", a), _Asked("B", a if b is None else b)]
         if base is not None:
@@ -206,14 +209,22 @@ def _changed_files(
     assert a.tree is not None
     assert b.tree is not None
     names = revisions.differing(origin, a.sha, b.sha or None)
-    code = {file for _, files in sides for file in files}
+    code = {file for _, files in sides for file in files} | {_config(side) for side in asked}
     read = [{name: _text(tree / name) for name in names if name in code} for tree in (a.tree, b.tree)]
     found = [FileChange(name, changed_lines(read[0][name], read[1][name])) for name in names if name in code]
     others = [name for name in names if name not in code]
     if not others:
         return tuple(found), ()
     few = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    return tuple(found), (f"changed too, and no code of the traced model: {few}",)
+    return tuple(found), (f"changed too, and not loaded as the model's code: {few}",)
+
+
+def _config(side: _Asked) -> str:
+    """The config.json that is the model, below the repository; nothing for code."""
+    if apart.is_code(side.model) or side.origin is None:
+        return ""
+    path = _below(Path(side.model), side.origin)
+    return (path if path.suffix == ".json" else path / "config.json").as_posix()
 
 
 def _text(path: Path) -> str:
