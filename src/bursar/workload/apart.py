@@ -74,7 +74,12 @@ def start(order: Order, scratch: Path, folder: Path) -> Iterator[subprocess.Pope
             stderr=said,
             cwd=folder,
             start_new_session=True,  # Ctrl-C is for the parent, which then ends the child and what that started
-            env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(order.path)},
+            env={
+                **os.environ,
+                "PYTHONHASHSEED": "0",
+                "PYTHONPATH": os.pathsep.join(order.path),
+                "TMPDIR": str(scratch.parent),  # torch's caches and what the user's code forgets go with the folder
+            },
         )
     try:
         yield child
