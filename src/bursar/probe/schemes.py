@@ -170,7 +170,7 @@ SCHEMES: dict[str, Scheme] = {
         _row(
             "residual-scaled",
             "1/n_in, over the number of branches N where one ends",
-            "forward along a residual stream of N branches",
+            "forward along a residual stream of N branches; as in GPT-2, no gain for what follows",
             "Radford et al. 2019, section 2.3: 1/√N on the weights",
             lambda p: 1 / (p.fan_in * p.branches),
         ),
