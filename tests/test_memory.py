@@ -226,3 +226,24 @@ def test_what_a_checkpoint_keeps_for_its_second_forward_is_an_activation(reentra
     between_layers = 3 * 8 * 64 * 4  # the first layer's input is the batch
     inside_one = 8 * 64 * 4  # what relu saves, made again one layer at a time
     assert between_layers <= kept <= between_layers + 2 * inside_one
+
+
+def test_two_gradients_of_one_weight_are_summed_in_place_as_in_a_real_run():
+    """The engine adds the second to the first; into a fake tensor it would not, one gradient of 4 MB too many."""
+
+    def step():
+        weight = nn.Parameter(torch.full((1000, 1000), 1e-3))
+        x = torch.ones(8, 1000)
+        return weight, x, lambda: (torch.relu(x @ weight) @ weight).sum().backward()
+
+    with tracing(on="cpu") as t:
+        weight, x, run = step()
+        run()
+    weight, x, run = step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [(e.start_ns(), e.nbytes()) for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [change for _, change in sorted(events, key=lambda event: event[0])]
+    real = n_bytes([weight, x]) + max(0, *np.cumsum(changes))
+    assert t.ledger.memory.peak_bytes == pytest.approx(real, rel=1e-3)
+    assert real < 13_000_000  # the weight and two gradients of 4 MB; with their sum elsewhere it would be 16

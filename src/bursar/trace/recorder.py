@@ -31,6 +31,7 @@ from bursar.folding import Operands
 from bursar.ledger import Row
 from bursar.memory import Storage
 from bursar.rules import Op, Tensor, Work
+from bursar.trace import accumulation
 from bursar.trace.fakes import FAKES, SPARSE, bound, elements_stored, index_bytes, is_sparse, parts
 from bursar.trace.values import Values
 
@@ -230,6 +231,10 @@ class Recorder(TorchDispatchMode):
             out = self.__torch_dispatch__(func, types, args, kwargs)
             return real.get(id(out), out)  # what is written in place is returned as it came
         node = torch._C._current_autograd_node() if self.backward_depth else None
+        if func is accumulation.ADD and node is not None and not kwargs and not torch.is_grad_enabled():
+            in_place = accumulation.into(args)
+            if in_place is not None:
+                return self.__torch_dispatch__(accumulation.ADD_IN_PLACE, types, in_place)
         try:
             if kwargs:
                 device = kwargs.get("device")

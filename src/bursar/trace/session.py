@@ -24,7 +24,7 @@ from bursar.errors import BursarError
 from bursar.folding import Trunk, Unfoldable, unfold
 from bursar.ledger import Ledger, Model, Step
 from bursar.memory import Textbook
-from bursar.trace import accelerator, compat, failures, higher_order, patches
+from bursar.trace import accelerator, accumulation, compat, failures, higher_order, patches
 from bursar.trace.recorder import REAL, Recorder, unwrapped
 from bursar.trace.skim import Skim, Token, check
 
@@ -275,6 +275,7 @@ class Session:
         """Enter: modes, patches, hooks. Leave: all of it undone, the random state put back, the ledger written."""
         if self.device != "cpu":
             accelerator.install()
+        accumulation.held_by_engine_alone()  # before the modes: it runs a backward of its own
         undo = self._patches
         rng, python_rng, numpy_rng = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
         with contextlib.ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import checkpoint
 
 from bursar.errors import BadInput, UnknownName
 from bursar.folding import KEPT, Trunk, Unfoldable
@@ -155,11 +157,7 @@ def _trace(
             module.to(torch.bfloat16)
             batch = _cast(batch, torch.bfloat16)
 
-        def forward() -> Tensor:
-            cast = _MIXED.get(precision)
-            with torch.autocast(device.type, cast) if cast else contextlib.nullcontext():
-                return work.loss(module, batch)
-
+        forward = _forward(work, module, batch, device, precision)
         if trunks is not None:
             _fold(session, module, forward, work.depth if shallow else None, trunks)
         session.register(module)
@@ -167,23 +165,7 @@ def _trace(
             session.recorder.adopt(tensor, "inputs", "batch")
         if recompute == "full":
             session.checkpointed = _blocks(module)
-        chosen = optimizers.build(optimizer, [p for p in module.parameters() if p.requires_grad], module=module)
-        scaler = FiniteScaler(device) if precision == "fp16-mixed" else None
-
-        def one_step() -> None:
-            for _ in range(accumulate):
-                loss = forward()
-                if accumulate > 1:
-                    loss = loss / accumulate
-                if scaler is not None:
-                    loss = scaler.scale(loss)
-                loss.backward()
-                del loss
-            if scaler is not None:
-                scaler.unscale([p.grad for p in module.parameters() if p.grad is not None])
-            chosen.step()
-            chosen.zero_grad(set_to_none=zero_grad == "none")
-
+        one_step, _ = _stepper(forward, module, device, precision, optimizer, accumulate, zero_grad)
         with _selective(recompute):
             one_step()
             session.mark()
@@ -202,6 +184,81 @@ def _trace(
         replicas=replicas,
         assumptions=(*ledger.assumptions, *notes),
     )
+
+
+def real(
+    work: Workload,
+    device: torch.device,
+    precision: str = "fp32",
+    optimizer: str = "adamw",
+    recompute: str = "none",
+    accumulate: int = 1,
+    zero_grad: str = "none",
+) -> tuple[nn.Module, Any, torch.optim.Optimizer, Callable[[], None]]:
+    """The module, batch and optimizer that `run` traces, made of real tensors on ``device``, and the step itself."""
+    with device:
+        module, batch = work.make()
+        module, batch = copy.deepcopy((module, batch))
+    module.train()
+    module.to(device)
+    batch = _moved(batch, device)
+    if precision == "bf16":
+        module.to(torch.bfloat16)
+        batch = _cast(batch, torch.bfloat16)
+    if recompute == "full":
+        blocks = _blocks(module)
+        for block in module.modules():
+            if id(block) in blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    forward = _forward(work, module, batch, device, precision)
+    one_step, chosen = _stepper(forward, module, device, precision, optimizer, accumulate, zero_grad)
+
+    def step() -> None:
+        with _selective(recompute):
+            one_step()
+
+    return module, batch, chosen, step
+
+
+def _forward(
+    work: Workload, module: nn.Module, batch: Any, device: torch.device, precision: str
+) -> Callable[[], Tensor]:
+    def forward() -> Tensor:
+        cast = _MIXED.get(precision)
+        with torch.autocast(device.type, cast) if cast else contextlib.nullcontext():
+            return work.loss(module, batch)
+
+    return forward
+
+
+def _stepper(
+    forward: Callable[[], Tensor],
+    module: nn.Module,
+    device: torch.device,
+    precision: str,
+    optimizer: str,
+    accumulate: int,
+    zero_grad: str,
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """One optimizer update, the same code on fake and on real tensors, and its optimizer."""
+    chosen = optimizers.build(optimizer, [p for p in module.parameters() if p.requires_grad], module=module)
+    scaler = FiniteScaler(device) if precision == "fp16-mixed" else None
+
+    def one_step() -> None:
+        for _ in range(accumulate):
+            loss = forward()
+            if accumulate > 1:
+                loss = loss / accumulate
+            if scaler is not None:
+                loss = scaler.scale(loss)
+            loss.backward()
+            del loss
+        if scaler is not None:
+            scaler.unscale([p.grad for p in module.parameters() if p.grad is not None])
+        chosen.step()
+        chosen.zero_grad(set_to_none=zero_grad == "none")
+
+    return one_step, chosen
 
 
 def _fold(
@@ -337,8 +394,6 @@ def _selective(recompute: str) -> Any:
     """With ``selective``, checkpoint the attention core alone (Korthikanti et al. 2022, section 4)."""
     undo = Undo()
     if recompute == "selective":
-        from torch.utils.checkpoint import checkpoint
-
         plain = torch.nn.functional.scaled_dot_product_attention
 
         def attention(*args: Any, **kwargs: Any) -> Any:
