@@ -148,6 +148,13 @@ def test_a_bpe_is_trained_on_the_text_and_gives_it_back(text):
     )
 
 
+def test_a_bpe_of_what_is_no_text_is_refused_with_the_way_out(text):
+    pytest.importorskip("tokenizers")
+    (text / "binary.bin").write_bytes(b"\xff\xfe\x80abc" * 100)
+    with pytest.raises(BadInput, match=r"binary.bin is no UTF-8 text .*; tokenizer = 'bytes' takes any file"):
+        texts.tokenise(text / "binary.bin", "bpe", 400, text)
+
+
 # ---- the books
 
 

@@ -62,6 +62,12 @@ def _by_bpe(text: Path, vocab_size: int, out: Path) -> Iterator[np.ndarray]:
         raise MissingExtra("train", "tokenizer = 'bpe' trains one with the tokenizers library") from None
     if vocab_size < 256:
         raise BadInput(f"a byte-level BPE begins with 256 tokens; the model knows {vocab_size}")
+    try:
+        with text.open(encoding="utf-8") as f:
+            while f.read(_CHUNK):
+                pass
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{text} is no UTF-8 text ({error.reason}); tokenizer = 'bytes' takes any file") from None
     made = ByteLevelBPETokenizer()
     made.train([str(text)], vocab_size=vocab_size, show_progress=False)
     made.save(str(out / "tokenizer.json"))
