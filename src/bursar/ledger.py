@@ -20,6 +20,7 @@ from bursar.rules import KINDS, MODEL_KINDS, Work, three_lines
 if TYPE_CHECKING:
     import polars
 
+    from bursar.reconcile import Measured, Reconciliation
     from bursar.roofline import Forecast
 
 
@@ -262,6 +263,12 @@ class Ledger:
         from bursar.roofline import forecast
 
         return forecast(self, cluster(name))
+
+    def reconcile(self, measured: Measured, forecast_seconds: float | None = None) -> Reconciliation:
+        """This forecast beside ``measured`` (`bursar.meter.measured.measure`), line by line."""
+        from bursar.reconcile import reconcile
+
+        return reconcile(self, measured, forecast_seconds)
 
 
 class Part(NamedTuple):

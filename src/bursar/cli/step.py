@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -26,6 +26,7 @@ def step(
     layout: str | None = None,
     zero_grad: str = "none",
     gradients: Annotated[bool, Parameter(negative=())] = False,
+    measure: Annotated[bool, Parameter(negative=())] = False,
     json: common.Json = False,
     explain: common.Explain = False,
     parquet: Path | None = None,
@@ -61,6 +62,8 @@ def step(
         what becomes of gradients after the update: none (freed) or zeros (kept, filled with zeros)
     gradients:
         per layer, the FLOPs of forward, dX and dW with shapes and formula
+    measure:
+        run the step on this machine too, and lay forecast and measurement side by side; 1 where they do not balance
     parquet:
         write the ledger, one row per op, to this file
     """
@@ -70,6 +73,16 @@ def step(
             "--compile is not counted yet: a compiled step moves fewer bytes; its FLOPs are those shown without"
         )
     on = _with_layout(on, layout)
+    if measure:
+        _measured(
+            model,
+            {"batch_size": batch_size, "seq_len": seq_len},
+            {"precision": precision, "optimizer": optimizer, "recompute": recompute, "accumulate": accumulate,
+             "zero_grad": zero_grad},
+            on,
+            json,
+        )  # fmt: skip
+        return
     with common.progress(f"tracing {model}"):
         from bursar.workload.step import step as trace
 
@@ -95,6 +108,36 @@ def step(
     from bursar.report import step as page
 
     common.print_page(*page.render(ledger, forecast, on=on, gradients=gradients, explain=explain))
+
+
+def _measured(model: str, sizes: dict[str, Any], options: dict[str, Any], on: str | None, json: bool) -> None:
+    """Trace and run the step on this machine; both books. Raises NoAnswer where they do not balance."""
+    from bursar.errors import NoAnswer
+
+    if on not in (None, "cpu"):
+        raise BadInput(f"--measure runs the step on this machine, not on {on}; leave --on out")
+    with common.progress(f"measuring {model}"):
+        import torch
+
+        from bursar.meter.measured import measure
+        from bursar.reconcile import reconcile
+        from bursar.workload.resolve import resolve
+        from bursar.workload.step import step as trace
+
+        device = torch.device("cuda" if torch.cuda.is_available() and on is None else "cpu")
+        work = resolve(model, **sizes)
+        options = {**options, "optimizer": options["optimizer"] or work.optimizer}
+        ledger = trace(model, **sizes, **options, on="cpu" if device.type == "cpu" else None, fold=False)
+        measured = measure(work, ledger, device, **options)
+        found = reconcile(ledger, measured)
+    from bursar.report import reconcile as page
+
+    if json:
+        common.print_json(page.record(ledger, measured, found))
+    else:
+        common.print_page(*page.render(ledger, measured, found))
+    if not found.balances:
+        raise NoAnswer("the books do not balance: " + ", ".join(x.what for x in found.lines if not x.balances))
 
 
 def _with_layout(on: str | None, layout: str | None) -> str | None:
