@@ -34,7 +34,7 @@ class Case:
     build: Callable[[], Built]  # on torch's default device
     forward: dict[str, int] = field(default_factory=dict)  # by convention; "" is bursar's
     step: dict[str, int] = field(default_factory=dict)  # forward and backward; empty: not asked
-    culprits: tuple[str, ...] = ()  # words by which a tool may name what it leaves out
+    culprits: tuple[str, ...] = ()  # words that name what a tool leaves out: the op, or the module that calls it
     why: str = ""  # the derivation
     products: bool = True  # matrix products, attention, convolutions; else the other work: total
     samples: int = 1  # of the modules' batch, for tools that report per sample
@@ -276,30 +276,30 @@ def cases() -> tuple[Case, ...]:
         a + b, 3 * (a + b) - a, why="each input element meets C_out·k² weights")  # fmt: skip
 
     sdpa = "scaled_dot_product"
-    add("GPT-2 small, causal", gpt2, *decoder(256, 12 * 12 * 768**2 + 50257 * 768, 12, 12, 64), sdpa,
-        why="2·S·(12·L·D² + V·D) + 4·L·D·S(S+1)/2")  # fmt: skip
+    add("GPT-2 small, causal", gpt2, *decoder(256, 12 * 12 * 768**2 + 50257 * 768, 12, 12, 64), sdpa, "gpt.Attention",
+        "module Attention", why="2·S·(12·L·D² + V·D) + 4·L·D·S(S+1)/2")  # fmt: skip
 
     D, kv, F_, S = 256, 64, 688, 128
     add("Llama block, GQA", lambda: (LlamaBlock(D, 8, 2, F_).bfloat16(), (torch.randn(1, S, D).bfloat16(),)),
-        *decoder(S, 2 * D * D + 2 * D * kv + 3 * D * F_, 1, 8, 32), sdpa,
+        *decoder(S, 2 * D * D + 2 * D * kv + 3 * D * F_, 1, 8, 32), sdpa, "LlamaBlock",
         why="8 heads of queries on 2 of keys: the pairs are those of 8")  # fmt: skip
 
     n = 4 * 8 * 128 * 128 * 64
     qkv = lambda x: F.scaled_dot_product_attention(*x.split(64, -1))  # noqa: E731
-    add(CPU_CASE, lambda: of(lambda: Plain(qkv), 1, 8, 128, 192), n, None, sdpa, why="4·B·H·S²·d, no mask")
+    add(CPU_CASE, lambda: of(lambda: Plain(qkv), 1, 8, 128, 192), n, None, sdpa, "Plain", why="4·B·H·S²·d, no mask")
 
     n = 4 * 10 * 2 * 256 * (32 + 64)
     add("LSTM", lambda: of(lambda: First(nn.LSTM(32, 64, batch_first=True)), 4, 10, 32), n,
-        2 * n + 4 * 9 * 2 * 256 * 64, "lstm", why="2·B·T·4H·(I + H); no gradient into the input and the first state",
-        samples=4)  # fmt: skip
+        2 * n + 4 * 9 * 2 * 256 * 64, "lstm", "rnn", samples=4,
+        why="2·B·T·4H·(I + H); no gradient into the input and the first state")  # fmt: skip
 
     a, b = 2 * 64 * 32 * 128, 2 * 64 * 128 * 16
     add("einsum ij,jk,kl->il", lambda: of(lambda: Weighted(chain, (32, 128), (128, 16)), 64, 32), a + b,
-        3 * (a + b) - a, "einsum", why="left to right: 2ijk + 2ikl")  # fmt: skip
+        3 * (a + b) - a, "einsum", "Weighted", why="left to right: 2ijk + 2ikl")  # fmt: skip
 
     n = 2 * 8 * 32 * 64 * 48
     add("bmm", lambda: of(lambda: Weighted(lambda x, w: torch.bmm(x[0], w), (8, 64, 48)), 1, 8, 32, 64), n, 2 * n,
-        "bmm", why="2·b·m·k·n; the input wants no gradient")  # fmt: skip
+        "bmm", "Weighted", why="2·b·m·k·n; the input wants no gradient")  # fmt: skip
 
     n = 64 * 2 * (64 * 192 + 64 * 64 + 2 * 64 * 128) + 4 * 2 * 32 * 32 * 64
     encoder = lambda: nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()  # noqa: E731
@@ -309,7 +309,7 @@ def cases() -> tuple[Case, ...]:
     per_layer = 64 * (64 + 32 + 32 + 64) + 64 * 4 + 2 * 3 * 64 * 128
     for how in ("eager", "grouped_mm"):
         add(f"Mixtral's shape, {how}", partial(mixtral, how), *decoder(64, 2 * per_layer + 64 * 256, 2, 4, 16),
-            "grouped", "expert", "linear", sdpa, why="a token meets 2 of 4 experts and the router")  # fmt: skip
+            "grouped", "expert", "linear_", sdpa, why="a token meets 2 of 4 experts and the router")  # fmt: skip
 
     D, r, T = 256, 8, 64
     base, thin = 2 * T * D * D, 2 * T * D * r
@@ -324,9 +324,9 @@ def cases() -> tuple[Case, ...]:
         samples=32)  # fmt: skip
 
     add("custom op", lambda: of(lambda: Weighted(product, (32, 8)), 16, 32), 2 * 16 * 32 * 8, None, "product",
-        why="2mkn behind torch.library.custom_op, no rule given")  # fmt: skip
+        "Weighted", why="2mkn behind torch.library.custom_op, no rule given")  # fmt: skip
     add("while_loop", lambda: of(lambda: Weighted(loop, (32, 32)), 4, 32), 5 * 2 * 4 * 32 * 32, None, "while_loop",
-        why="five times 2mkn")  # fmt: skip
+        "Weighted", why="five times 2mkn")  # fmt: skip
 
     # work of other kinds: a tool that counts products only is not asked
     add("embedding bag", bag, {"": 32 * 64, "first row free": 31 * 64}, None, "embedding_bag", "EmbeddingBag",

@@ -28,7 +28,7 @@ class Tool:
     estimates: bool = False  # its backward is a multiple of forward, and said to be
     other: bool = False  # counts work that is no product too
     optimizer: bool = False
-    per_sample: bool = False  # its figure is an average over the batch
+    per_sample: bool = False  # its figure is of one sample
     how: str = ""
 
 
@@ -112,6 +112,8 @@ def ptflops_forward(case: Case, backend: str) -> Answer:
     from ptflops import get_model_complexity_info
 
     module, (x,) = on("cpu", case)
+    if backend == "pytorch":  # it asks for a size without a batch and runs one sample
+        x = x[: len(x) // case.samples]
     macs, _ = get_model_complexity_info(module, (1,), as_strings=False, print_per_layer_stat=False, verbose=True,
                                         input_constructor=lambda _: x, backend=backend)  # fmt: skip
     return macs, ""

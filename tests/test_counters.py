@@ -88,3 +88,18 @@ def test_the_full_square_is_a_convention_and_an_estimate_is_none(benchmark):
     assert benchmark.counters.verdict(c, tools["torchlens"], "step", square) == "est. ×1.02"
     assert benchmark.counters.verdict(c, tools["thop"], "step", None) == "–"
     assert benchmark.counters.verdict(c, tools["thop"], "forward", {"error": "no"}) == "crash"
+
+
+def cells(page: Path) -> dict[str, list[str]]:
+    """The rows of a page's first table by their first cell."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| counter"))
+    rows = [line.strip("| ").split(" | ") for line in lines[start:] if line.startswith("|") or not line]
+    return {row[0]: row[1:] for row in rows[: [len(row) for row in rows].index(1)]}
+
+
+def test_the_comparison_says_what_was_measured():
+    root = Path(__file__).parents[1]
+    measured, told = cells(root / "benchmarks" / "counters.md"), cells(root / "docs" / "comparison.md")
+    assert told.keys() == measured.keys()
+    assert {name: row[:9] for name, row in told.items()} == {name: row[:9] for name, row in measured.items()}
