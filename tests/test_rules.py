@@ -595,3 +595,10 @@ def test_integer_arithmetic_is_no_flop():
         (n + n).sum()
 
     assert traced(run).flops.total == 0
+
+
+def test_a_complex_number_put_together_is_moved_and_not_computed():
+    part = Tensor((16, 64), "fp32", 4096)
+    made = Tensor((16, 64), "complex64", 8192)
+    op = Op("aten.complex", {"real": part, "imag": part}, (made,), frozenset({"pointwise"}))
+    assert rules.cost(op) == ("copy", rules.Work(0, 8192, 8192))

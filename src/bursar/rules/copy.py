@@ -50,7 +50,7 @@ WRITE_ONLY = frozenset(
       "aten._pack_padded_sequence", "aten._foreach_clone", "aten._lazy_clone", "aten.to_mkldnn",
       "aten._cudnn_rnn_flatten_weight", "aten._mkldnn_reshape", "aten._mkldnn_transpose",
       "aten.mkldnn_reorder_conv2d_weight", "aten.mkldnn_reorder_conv3d_weight", "aten._convert_weight_to_int4pack",
-      "aten._convert_weight_to_int4pack_for_cpu", "aten._dyn_quant_pack_4bit_weight", "aten.dequantize",
+      "aten._convert_weight_to_int4pack_for_cpu", "aten._dyn_quant_pack_4bit_weight", "aten.dequantize", "aten.complex",
       "aten.int_repr", "aten._pin_memory", kind="copy")  # fmt: skip
 def move(op: Op) -> Work:
     """Each input read once, each output written once."""
