@@ -35,7 +35,7 @@ UNTAGGED = ("mish mish_backward elu elu_backward celu hardswish hardswish_backwa
             "hardsigmoid_backward softplus softplus_backward softshrink softshrink_backward hardshrink "
             "hardshrink_backward log_sigmoid_forward log_sigmoid_backward glu glu_backward rrelu_with_noise "
             "rrelu_with_noise_backward rrelu_with_noise_functional huber_loss_backward smooth_l1_loss_backward "
-            "binary_cross_entropy_backward soft_margin_loss_backward polar complex where add sub rsub mul div "
+            "binary_cross_entropy_backward soft_margin_loss_backward polar where add sub rsub mul div "
             "floor_divide remainder bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift "
             "__lshift__ __rshift__ abs eq ne lt le gt ge relu gelu gelu_backward threshold threshold_backward isinf "
             "isnan isin bucketize searchsorted copysign heaviside gcd lcm xlogy _add_relu _conj_physical "
