@@ -4,30 +4,34 @@
 
 Each model type's default config, cut to few layers and experts (widths stay: a trace has no data, so they cost
 nothing), is written as a config.json and traced as `bursar step config.json` would: forward, backward, AdamW, on the
-fake GPU. Each runs in its own process with a time limit.
+fake GPU. A worker per job runs many types, each with a limit of processor time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
+import queue
 import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SECONDS = 90  # for one type
+SECONDS = 40  # of processor time, for one type
+TYPES = 100  # for one process: what torch and transformers keep of each adds up
 SAMPLES, POSITIONS = 2, 32
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth",
            "num_encoder_layers", "num_decoder_layers", "num_blocks", "encoder_num_layers", "decoder_num_layers",
@@ -35,13 +39,45 @@ _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_la
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 MOST_LAYERS, MOST_EXPERTS = 2, 8
 
+_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}  # half of a head of 128
+
 # Where cutting a type's default config by rule breaks it: what to set instead, and why.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"vision_config.hidden_size": 8192},  # the tower's output must be the text's width
     "gemma3": {"vision_config.image_size": 896},  # 256 image tokens need 64 patches a side, as in the published model
     "xmod": {"default_language": "en_XX"},  # a model of several languages must be told one
     "wav2vec2-conformer": {"vocab_size": 32},  # a CTC head needs a vocabulary; the default has none
-    "aya_vision": {"vision_config.num_attention_heads": 16},  # 14 heads do not divide 1152
+    "autoformer": {"prediction_length": 24},  # it has no default
+    "informer": {"prediction_length": 24},
+    "time_series_transformer": {"prediction_length": 24},
+    "aya_vision": {"vision_config.num_attention_heads": 16, "vision_config.image_size": 364},  # 14 does not divide 1152
+    "aria": {"vision_config.image_size": 980, "vision_config.patch_size": 14},  # it knows two numbers of patches
+    "cohere_compass_text": {"rope_parameters": _ROPES},  # no default
+    "cohere_compass": {"text_config.rope_parameters": _ROPES},
+    "dbrx": {"attn_config.rope_theta": 5e5, "attn_config.clip_qkv": 8.0},  # no default
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "vision_config.encoder_config.hidden_size": 896,
+    },  # no default
+    "deepseek_v2": {"num_experts_per_tok": 2},  # no default
+    **{kind: {"text_config.rope_parameters": _MROPE} for kind in ("glm4v", "glm46v", "glm_image")},
+    **{kind: {"rope_parameters": _MROPE} for kind in ("glm4v_text", "glm46v_text", "glm_image_text")},
+    "glm4v_moe": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [3, 4, 4]}},
+    "glm4v_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [3, 4, 4]}},
+    "nemotron": {"head_dim": 128},  # no default
+    "ministral": {"head_dim": 128},  # no default
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},  # no default
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},  # no default
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},  # no default
+    "diffusion_gemma": {
+        "text_config.num_experts": 8,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 704,
+    },  # no default
+    "chameleon": {"vocabulary_map": {"<image>": 8711}},  # no default
+    "emu3": {"vocabulary_map": {"<image>": 8711}},
 }
 
 
@@ -102,12 +138,13 @@ def _kinds_first(per_layer: list[Any], keep: int) -> list[Any]:
     return [per_layer[i] for i in sorted(chosen)]
 
 
-def write_config(kind: str, folder: Path) -> Path:
-    """The config.json of a cut ``kind``."""
+def write_config(kind: str, folder: Path, whole: bool = False) -> Path:
+    """The config.json of ``kind``, cut, or the ``whole`` default."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[kind]()
-    cut(config)
+    if not whole:
+        cut(config)
     for name, value in EXCEPTIONS.get(kind, {}).items():
         owner = config
         *way, last = name.split(".")
@@ -131,55 +168,112 @@ def _plain(value: Any) -> Any:
 
 
 def trace(kind: str) -> dict[str, Any]:
-    """What became of one type: FLOPs, ops, what is uncounted, or why it failed."""
+    """What became of one type: FLOPs, ops, what is uncounted, or why it failed, cut and whole."""
+    started = time.perf_counter()
+    found = attempt(kind, whole=False)
+    if "error" in found and not found["error"].startswith("UnknownName"):
+        again = attempt(kind, whole=True)  # the fault may be the cutting's
+        if "error" not in again or again["stage"] == "trace" != found["stage"]:
+            found = again
+    return {"type": kind, "seconds": round(time.perf_counter() - started, 1), **found}
+
+
+def attempt(kind: str, whole: bool) -> dict[str, Any]:
+    """One try with the cut or the whole default config. ``stage`` is how far it came: config, build, trace, done."""
+    from bursar.errors import BadInput
     from bursar.workload import hf
     from bursar.workload.step import run
 
-    started = time.perf_counter()
+    stage = "config"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            ledger = run(hf.workload(write_config(kind, Path(folder)), SAMPLES, POSITIONS))
-            found: dict[str, Any] = {
+            path = write_config(kind, Path(folder), whole)
+            try:
+                work = hf.workload(path, SAMPLES, POSITIONS)
+            except BadInput as error:
+                if "does not fit max_position_embeddings" not in str(error):
+                    raise
+                work = hf.workload(path, SAMPLES)  # as long as fits
+            stage = "trace"
+            ledger = run(work, fold=whole)
+            head = next((a for a in ledger.assumptions if a.startswith("transformers' own")), "")
+            return {
+                "stage": "done",
+                "whole": whole,
                 "flops": ledger.flops.model,
                 "ops": len(ledger),
-                "head": next((a for a in ledger.assumptions if a.startswith("transformers' own")), "")
-                .split()[2]
-                .strip(","),
+                "head": head.split()[2].strip(","),
                 "uncounted": [u.op for u in ledger.uncounted],
-                "notes": [a for a in ledger.assumptions if "not counted" in a or "balanced" in a or "0.5" in a],
+                "notes": [a for a in ledger.assumptions if any(sign in a for sign in _NOTED)],
             }
         except BaseException as error:
             last = [f for f in traceback.extract_tb(error.__traceback__) if "transformers" in f.filename][-1:]
             where = f"{Path(last[0].filename).name}:{last[0].lineno} {last[0].line}" if last else ""
-            found = {
-                "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300],
-                "where": where[:160],
+            says = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return {
+                "stage": "build" if "cannot build" in says else stage,
+                "whole": whole,
+                "error": says,
+                "where": where,
             }
-    return {"type": kind, "seconds": round(time.perf_counter() - started, 1), **found}
 
 
-def in_process(kind: str) -> dict[str, Any]:
-    """`trace` in a fork of this process, which has torch and transformers loaded, killed after SECONDS."""
-    reads, writes = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reads)
-        try:
-            signal.alarm(SECONDS)
-            resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, 24 * 2**30))
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            os.write(writes, json.dumps(trace(kind)).encode())
-        finally:
-            os._exit(0)
-    os.close(writes)
-    with os.fdopen(reads, "rb") as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if answer:
-        return json.loads(answer)
-    return {"type": kind, "seconds": SECONDS, "error": f"no answer: wait status {status} (a signal, or {SECONDS} s)"}
+_NOTED = ("not counted", "balanced", "0.5", "stands for", "is taken", "assumed")
+
+
+def work() -> None:
+    """A worker: torch and transformers loaded once, a type's name per line in, its row per line out."""
+    out = os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, 24 * 2**30))
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # at its end the worker dies, and another takes its place
+        row = trace(line.strip())
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(row), file=out, flush=True)
+
+
+class Worker:
+    """A process that traces one type after another; a new one when it died of one or has done `TYPES`."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.done = 0
+
+    def ask(self, kind: str) -> dict[str, Any]:
+        """The row of ``kind``."""
+        if self.process is None or self.done >= TYPES:
+            self.end()
+            command = [sys.executable, __file__, "--worker"]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.done = 0
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(kind, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        self.done += 1
+        if answer:
+            return json.loads(answer)
+        code = self.process.wait()
+        self.process = None
+        why = (
+            f"more than {SECONDS} s of processor time" if code == -signal.SIGPROF else f"the process ended with {code}"
+        )
+        return {"type": kind, "seconds": SECONDS, "stage": "trace", "error": why}
+
+    def end(self) -> None:
+        """No more types."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait()
+            self.process = None
 
 
 # What is no failure to trace: transformers itself does not build the model, here or at all
@@ -253,39 +347,48 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     asked.add_argument("--sample", type=int)
     asked.add_argument("--seed", type=int, default=0)
     asked.add_argument("--only", default="")
+    asked.add_argument("--after", type=Path, help="skip the types that this file of --json has traced")
     asked.add_argument("--jobs", type=int, default=2)
     asked.add_argument("--json", type=Path)
     asked.add_argument("--markdown", type=Path)
     options = asked.parse_args()
-    warnings.simplefilter("ignore")
-    import torch
-    import transformers.models.bert.modeling_bert  # noqa: F401  (what every type needs, loaded before the forks)
-    from transformers.models.auto import modeling_auto  # noqa: F401
+    if options.worker:
+        work()
+        return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    import bursar.workload.hf_batch
-    import bursar.workload.step  # noqa: F401
-    from bursar.trace import accelerator
-
-    torch.set_num_threads(1)
-    accelerator.install()
 
     kinds = sorted(CONFIG_MAPPING_NAMES)
     if options.only:
         kinds = options.only.split(",")
     if options.sample:
         kinds = sorted(random.Random(options.seed).sample(kinds, options.sample))
+    if options.after:
+        done = {r["type"] for line in options.after.read_text().splitlines() if "error" not in (r := json.loads(line))}
+        kinds = [k for k in kinds if k not in done]
     rows = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(in_process, kinds):
+    todo, answered = iter(kinds), queue.Queue[dict[str, Any]]()
+
+    def one_after_another() -> None:
+        worker = Worker()
+        for kind in todo:  # next() of one iterator is atomic
+            answered.put(worker.ask(kind))
+        worker.end()
+
+    for _ in range(options.jobs):
+        threading.Thread(target=one_after_another, daemon=True).start()
+    with contextlib.ExitStack() as open_files:
+        log = options.json and open_files.enter_context(options.json.open("a"))
+        for _ in kinds:
+            row = answered.get()
             rows.append(row)
+            if log:
+                print(json.dumps(row), file=log, flush=True)
             said = row.get("error") or ", ".join(row["uncounted"]) or f"{row['flops']:,} FLOPs"
             print(f"{row['type']:32} {row['seconds']:5} s  {said}  {row.get('where', '')}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=0))
     traced = [r for r in rows if "error" not in r]
     print(f"{len(traced)} of {len(rows)}; uncounted in {sum(bool(r['uncounted']) for r in traced)}", file=sys.stderr)
     if options.markdown:

@@ -588,7 +588,7 @@ def test_a_huge_config_is_counted_without_being_made(tmp_path):
 
 def test_a_model_type_without_a_head_says_what_to_do(tmp_path, capsys):
     path = tmp_path / "config.json"
-    path.write_text('{"model_type": "flava_image_codebook"}')
+    path.write_text('{"model_type": "flava_image_codebook"}')  # it freezes itself
     code, _, err = ask(capsys, "step", str(path))
     assert code == 2
     assert "file.py:callable" in err

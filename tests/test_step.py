@@ -409,7 +409,7 @@ def test_a_config_never_runs_code(capsys, config, tmp_path):
         ("[1]", "no 'model_type'"),
         ('{"model_type": "gpt22"}', "did you mean gpt2"),
         ('{"model_type": "gpt2", "n_embd": "wide"}', "refuses"),
-        ('{"model_type": "flava_image_codebook"}', "no head that bursar knows"),
+        ('{"model_type": "flava_image_codebook"}', "every parameter of FlavaImageCodebook is frozen"),
         ("[" * 100_000, "is no JSON"),
     ],
 )

@@ -29,6 +29,16 @@ __all__ = [
 ]
 
 
+def printable(text: str, keep: str = "\n") -> str:
+    """``text`` with control characters written out, but for those to ``keep``: a name in it may be anyone's, and a
+    terminal obeys escapes.
+
+    >>> printable("\x1b[31mred")
+    '\\\\x1b[31mred'
+    """
+    return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)
+
+
 class BursarError(Exception):
     """The root of the tree.  ``exit_code`` is what a shell returns when it meets the error."""
 

@@ -14,7 +14,7 @@ from cyclopts import App
 from cyclopts.config import Env, Toml
 
 from bursar import __version__
-from bursar.errors import BursarError
+from bursar.errors import BursarError, printable
 
 app = App(
     name="bursar",
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     except cyclopts.CycloptsError:
         sys.exit(2)
     except BursarError as error:
-        print(f"bursar: {error}", file=sys.stderr)
+        print(f"bursar: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `bursar … | head`
         sys.stderr.close()
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if "torch" not in sys.modules:
             raise
-        print(_own_traceback(error), file=sys.stderr)
+        print(printable(_own_traceback(error)), file=sys.stderr)
         sys.exit(2)
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
+from bursar.errors import printable
+
 Json = Annotated[bool, Parameter(negative=(), help="print one JSON object and nothing else")]
 Explain = Annotated[bool, Parameter(negative=(), help="give formula, inputs and source of each headline figure")]
 
@@ -38,7 +40,7 @@ def print_page(*parts: Any) -> None:
 def warn(messages: Iterable[str]) -> None:
     """Each message on a line of stderr."""
     for message in messages:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from bursar.errors import printable
+
 PIPE_COLUMNS = 160  # rich would cut at 80 where it cannot ask a terminal
 
 
@@ -39,13 +41,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], lef
     for i, name in enumerate(columns):
         made.add_column(name, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(_printable(cell)) for cell in row))
+        made.add_row(*(escape(printable(cell, keep="")) for cell in row))
     return made
 
 
 def line(text: str, style: str = "") -> Text:
     """One line of plain text."""
-    return Text(_printable(text), style=style)
+    return Text(printable(text), style=style)
 
 
 def note(text: str) -> Padding:
@@ -68,8 +70,3 @@ def sparkline(values: Sequence[float], low: float, high: float, *, width: int = 
         values, low, high = [math.log(max(v, low)) for v in values], math.log(low), math.log(high)
     span = (high - low) or 1.0
     return "".join(BARS[round(min(1.0, max(0.0, (v - low) / span)) * (len(BARS) - 1))] for v in values)
-
-
-def _printable(text: str) -> str:
-    """``text`` without control characters: a module's name is the user's, and a terminal obeys escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)

@@ -40,6 +40,10 @@ class Undo:
         setattr(owner, name, value)
         return getattr(owner, name) if old is _ABSENT else old
 
+    def has(self, owner: Any, name: str) -> bool:
+        """Whether ``owner.name`` is set at present."""
+        return any(o is owner and n == name for o, n, _ in self._old)
+
     def restore(self) -> None:
         """Put everything back."""
         while self._old:
@@ -315,7 +319,7 @@ def transformers_kernels(undo: Undo, values: Values) -> None:
     It recognises fake tensors and, unable to look whether anything is masked or packed, hands attention a dense mask
     where real tensors get ``is_causal``: more FLOPs, and no flash kernel. A tensor whose values the trace knows (made
     of constants: positions, a mask of ones) may be looked at like a real one. Of positions that are not known we say
-    that nothing is packed. Switch's experts go by name, ``f"expert_{index}"``.
+    that nothing is packed. Switch's experts go by name, ``f"expert_{index}"``. Each is done once, however often asked.
     """
     plain_format: Any = FakeTensor.__format__
 
@@ -323,18 +327,35 @@ def transformers_kernels(undo: Undo, values: Values) -> None:
         known = None if tensor.dim() else values.of(tensor)
         return plain_format(tensor, spec) if known is None else format(tensor.item(), spec)
 
-    undo.set(FakeTensor, "__format__", formatted)
+    if not undo.has(FakeTensor, "__format__"):
+        undo.set(FakeTensor, "__format__", formatted)
     imports = sys.modules.get("transformers.utils.import_utils")
-    if imports is not None and imports.is_fake_tensor.__module__ == imports.__name__:
+    if imports is not None and not undo.has(imports, "is_fake_tensor"):
         undo.set(imports, "is_fake_tensor", lambda x: isinstance(x, FakeTensor) and values.of(x) is None)
     masking = sys.modules.get("transformers.masking_utils")
-    if imports is not None and masking is not None and hasattr(masking, "find_packed_sequence_indices"):
+    packed = "find_packed_sequence_indices"
+    if imports is not None and masking is not None and hasattr(masking, packed) and not undo.has(masking, packed):
         plain = masking.find_packed_sequence_indices
         undo.set(
             masking,
             "find_packed_sequence_indices",
             lambda positions: None if imports.is_fake_tensor(positions) else plain(positions),
         )
+
+
+def forget_transformers_tables() -> None:
+    """Empty the caches in which transformers' models keep tables of positions: a fake one must not outlive its trace,
+    nor a real one come into it."""
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("transformers.models.") or ".modeling_" not in name:
+            continue
+        for owner in [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name]:
+            for held in vars(owner).values():
+                function = getattr(held, "__func__", held)  # under a staticmethod
+                for cell in getattr(function, "__closure__", None) or ():
+                    with contextlib.suppress(ValueError):  # an empty cell
+                        if isinstance(cell.cell_contents, functools._lru_cache_wrapper):
+                            cell.cell_contents.cache_clear()
 
 
 def torchao_tables(optimizer: Any) -> None:

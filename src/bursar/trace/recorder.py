@@ -181,8 +181,8 @@ class Recorder(TorchDispatchMode):
                 alias = real.detach().clone() if scalar else real.detach()
                 fake = self.mode.fake_tensor_converter.from_real_tensor(self.mode, alias, make_constant=scalar)
             self._stand_ins[real] = fake
-            if type(real) is torch.Tensor and real.device.type == "cpu" and not real.is_floating_point():
-                self.values.know(fake, real)  # a literal, a table of positions: what code may look at
+            if type(real) is torch.Tensor and real.device.type == "cpu" and not is_sparse(real):
+                self.values.know(fake, real)  # a literal, a table of positions or of rates: what code may look at
             if is_sparse(real):
                 with _disable_current_modes():
                     self._stored[fake] = real._nnz() * math.prod(real.shape[real.sparse_dim() :])

@@ -26,6 +26,7 @@ MAX_ASSUMED_ELEMENTS = 2**23  # which token goes to which expert, one-hot, is la
 
 BALANCED = "routing is balanced: every expert gets its equal share of the tokens"
 FINITE = "where the model asks whether its numbers are finite, they are"
+PICTURES = "where the model asks which pictures are blank (padding), none is"
 AVERAGE_DRAW = "a single random number that decides something is taken as 0.5 (no layer is dropped at random)"
 
 _UNSET = frozenset({"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.empty_permuted", "aten.new_empty",
@@ -252,6 +253,10 @@ class Values:
                 with no_dispatch():
                     turns = torch.arange(chosen.numel(), device="cpu").remainder_(max(experts, 1)).view(chosen.shape)
                 self.know(chosen, turns, BALANCED)
+        elif info.name == "aten.eq" and type(args[1]) in (int, float) and not args[1] and args[0].dim() > 3:
+            if args[0].is_floating_point() and _small(out):
+                with no_dispatch():
+                    self.know(out, torch.zeros((), dtype=torch.bool, device="cpu").expand(tuple(out.shape)), PICTURES)
         elif info.name in _ASKS_FINITE and isinstance(out, FakeTensor) and _small(out):
             # isfinite(x) is x == x and |x| != inf, isnan(x) is x != x
             if info.name in ("aten.isinf", "aten.isnan") or (

@@ -7,6 +7,7 @@ A config is data: nothing of it is run and nothing is fetched. The head is the o
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -19,12 +20,15 @@ from torch import Tensor, nn
 
 from bursar.errors import BadInput, MissingExtra, UnknownName
 from bursar.workload import presets
-from bursar.workload.resolve import Workload, loss_of_output, tensors_in
+from bursar.workload.resolve import Late, Workload, loss_of_output, tensors_in
 
+_YOUR_OWN = "write a callable that returns (module, batch) and give file.py:callable"
 _LARGEST_CONFIG_BYTES = 10**7
 _NOT_SHAPE = ("model_type", "auto_map", "transformers_version", "quantization_config")
 
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+
+MOST_HEADS = 4  # to try
 
 # The heads a model may be trained with, what it is for first: transformers' own table of them, and what its labels are.
 _HEADS = (
@@ -126,11 +130,11 @@ def of_config(
     """
     from bursar.workload import hf_batch
 
-    kind = config.model_type
     for part in hf_batch.parts(config):
         if hasattr(part, "use_cache"):
             part.use_cache = False  # a key-value cache is for generation
-    model_class, labels = _head(config)
+    heads = _heads(config)
+    model_class = heads[0][0]
     longest = getattr(hf_batch.text_part(config), "max_position_embeddings", None)
     longest = longest if type(longest) is int and longest > 0 else None
     samples = batch_size or presets.LM_BATCH_SIZE
@@ -138,17 +142,30 @@ def of_config(
     if longest is not None and tokens > longest:
         raise BadInput(f"{name}: a sequence of {tokens} does not fit max_position_embeddings {longest}")
     takes_text = "input_ids" in inspect.signature(model_class.forward).parameters
+    said: list[str] = []
 
     def make() -> tuple[nn.Module, Any]:
-        given = {} if experts is None else {"experts_implementation": experts}
-        try:
-            with _quiet():
-                model = model_class._from_config(config, dtype=torch.get_default_dtype(), **given)
-        except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, AssertionError) as error:
-            raise BadInput(
-                f"{name}: transformers cannot build a {kind} from this config: {type(error).__name__}: {error}"
-            ) from error
-        return model, hf_batch.make(model, config, samples, tokens, labels)
+        first: Exception | None = None
+        for head, labels in heads:
+            try:
+                model = _build(head, config, name, experts)
+                if not any(p.requires_grad for p in model.parameters()):
+                    raise BadInput(f"{name}: every parameter of {head.__name__} is frozen; {_YOUR_OWN}")
+                batch, remarks = hf_batch.make(model, config, samples, tokens, labels, _loss)
+            except Exception as error:  # the next head may take what this one does not
+                first = first or error
+                continue
+            said[:] = [
+                f"transformers' own {head.__name__}, attention by SDPA where it has it, no padding, one sequence per "
+                "sample, no cache",
+                *remarks,
+                *notes,
+            ]
+            if first is not None:
+                said.insert(1, f"{model_class.__name__} stands aside: no batch was found that it takes")
+            return model, batch
+        assert first is not None
+        raise first
 
     return Workload(
         name,
@@ -157,16 +174,27 @@ def of_config(
         samples,
         samples * tokens if takes_text else samples,
         active_parameters=_active(model_class, config),
-        assumptions=(
-            f"transformers' own {model_class.__name__}, attention by SDPA where it has it, no padding, one sequence "
-            "per sample, no cache",
-            *notes,
-        ),
+        assumptions=Late(said),
     )
 
 
-def _head(config: Any) -> tuple[Any, str]:
-    """The model class to train, and what its labels are ('' for none)."""
+def _build(model_class: Any, config: Any, name: str, experts: str | None) -> nn.Module:
+    given = {} if experts is None else {"experts_implementation": experts}
+    try:
+        with _quiet():
+            built: nn.Module = model_class._from_config(config, dtype=torch.get_default_dtype(), **given)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, AssertionError) as error:
+        raise BadInput(
+            f"{name}: transformers cannot build a {config.model_type} from this config: {type(error).__name__}: {error}"
+        ) from error
+    return built
+
+
+def _heads(config: Any) -> list[tuple[Any, str]]:
+    """The model classes to train, the first that works, each with what its labels are ('' for none).
+
+    One, where the config names it; else the head of the first task that the architecture has, its body, other heads.
+    """
     from transformers.models.auto import modeling_auto
 
     found: dict[str, Any] = {}
@@ -176,22 +204,45 @@ def _head(config: Any) -> tuple[Any, str]:
             classes = mapping[type(config)]
             found[task] = classes[0] if isinstance(classes, tuple) else classes
     if not found:
-        raise BadInput(
-            f"{config.model_type} has no head that bursar knows how to train; write a callable that returns "
-            "(module, batch) and give file.py:callable"
-        )
+        found = {"": part} if (part := _part_class(config)) else {}
+    if not found:
+        raise BadInput(f"{config.model_type} has no head that bursar knows how to train; {_YOUR_OWN}")
     labels = dict(_HEADS)
     for name in config.architectures or ():
         for task, model_class in found.items():
             if model_class.__name__ == name:
-                return model_class, labels[task]
+                return [(model_class, labels[task])]
         module = sys.modules[next(iter(found.values())).__module__]
         if (named := getattr(module, str(name), None)) is not None and hasattr(named, "_from_config"):
-            return named, "class" if str(name).endswith(("SequenceClassification", "ImageClassification")) else ""
+            return [(named, "class" if str(name).endswith(("SequenceClassification", "ImageClassification")) else "")]
     if getattr(config, "is_decoder", False) and "CAUSAL_LM" in found:
         found.pop("MASKED_LM", None)
-    task = next(iter(found))
-    return found[task], labels[task]
+    ordered: dict[Any, str] = {}
+    for task in (next(iter(found)), *([""] if "" in found else []), *found):
+        ordered.setdefault(found[task], labels[task])  # one class may do two tasks
+    return list(ordered.items())[:MOST_HEADS]
+
+
+def _part_class(config: Any) -> Any:
+    """The class of a part of other models, a tower say, which no Auto class lists; None where it has none."""
+    import transformers
+
+    folder = type(config).__module__.rpartition(".")[0]
+    if not folder.startswith("transformers.models."):
+        return None
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module(f"{folder}.modeling_{folder.rpartition('.')[2]}")
+        classes = [
+            c
+            for c in vars(module).values()
+            if inspect.isclass(c)
+            and issubclass(c, transformers.PreTrainedModel)
+            and c.config_class is type(config)
+            and not c.__name__.endswith("PreTrainedModel")
+            and not c.forward.__qualname__.startswith(("_forward_unimplemented", "Module."))
+        ]
+        return min(classes, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)), default=None)
+    return None
 
 
 def _active(model_class: Any, config: Any) -> int | None:

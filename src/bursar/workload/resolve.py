@@ -165,13 +165,14 @@ def from_callable(
             f"{name} returned {type(made).__name__}; bursar needs a torch.nn.Module, or a module and a batch"
         )
 
-    return Workload(name, make, loss_of_output, assumptions=_Late(notes))
+    return Workload(name, make, loss_of_output, assumptions=Late(notes))
 
 
-class _Late(tuple[str, ...]):
+class Late(tuple[str, ...]):
     """Assumptions that are known only once the model was made; reads the list each time."""
 
-    def __new__(cls, notes: list[str]) -> _Late:
+    def __new__(cls, notes: list[str]) -> Late:
+        """``notes`` is read each time, and may still grow."""
         self = super().__new__(cls)
         self.notes = notes  # type: ignore[attr-defined]
         return self
