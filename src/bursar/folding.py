@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from bursar.rules import Op
 
 KEPT = 4  # periods traced: two ends, which may differ, and two that must not
 
-Home = tuple[int, Any]  # the period a storage belongs to, and its place among that period's storages
+Home = tuple[int, int]  # the period a storage belongs to, and the number of its place there
 Event = tuple[Storage, int]
 NAMES = ("name", "owner", "module")  # where a storage's block is written
 
@@ -183,7 +183,10 @@ class _Unfolding:
         self.homes: dict[int, Home] = {}
         self.places: dict[Home, Storage] = {}
         self.clones: dict[Home, Storage] = {}
+        self.whole: dict[Home, Storage] = {}  # by period of the whole model, copies included
         self.counts: dict[Any, int] = {}
+        self.numbers: dict[Any, int] = {}  # a place (zone, maker, which of them) and its number
+        self.zones: list[Any] = []  # the zone of each place
         seen = {id(s) for s, _ in tape.alive}
         self.born = [[s for s, _ in here if id(s) not in seen and not seen.add(id(s))] for here in tape.events]  # type: ignore[func-returns-value]
         self.renamed: dict[tuple[str, int], str] = {}
@@ -200,6 +203,9 @@ class _Unfolding:
         inside = {i for i, _, copied in order if copied}
         if inside & lists:
             raise Unfoldable("a row over several blocks stands between two blocks")
+        self._check_near(inside)
+        extra = trunk.extra
+        self.whole = {(p if p < 2 else p + extra, key): s for (p, key), s in self.places.items()}
         alive = self._events(tape.alive)
         rows: list[Row] = []
         events = [self._events(tape.events[0])]
@@ -213,7 +219,7 @@ class _Unfolding:
                 new = self._events(tape.events[i + 1])
             elif copied:
                 row = row._replace(module=self._renamed(row.module, shift))
-                new = [(self._near(s, i, shift), delta) for s, delta in tape.events[i + 1]]
+                new = [(self._at(s, shift), delta) for s, delta in tape.events[i + 1]]
                 if known is not None and not last:
                     known = known.replaced(lambda s, shift=shift: self._at(s, shift))  # type: ignore[misc]
             else:
@@ -269,7 +275,10 @@ class _Unfolding:
             return
         maker = self.trunk.shifted(storage.module, -period), storage.op  # the ends may make more or less in between
         place = self.counts[(zone, period, maker)] = self.counts.get((zone, period, maker), -1) + 1
-        home = (period, (zone, maker, place))
+        number = self.numbers.setdefault((zone, maker, place), len(self.zones))
+        if number == len(self.zones):
+            self.zones.append(zone)
+        home = (period, number)
         if zone is not None:
             self.places[home] = storage
         self.homes[id(storage)] = home
@@ -280,7 +289,7 @@ class _Unfolding:
             self.stretch[i] = period
             for storage in self.born[i + 1]:
                 home = self.homes.get(id(storage))
-                if home is None or home[1][0] is None:
+                if home is None or self.zones[home[1]] is None:
                     self._settle(storage, period, ("rows", zone))
 
     # ---- copies
@@ -290,31 +299,24 @@ class _Unfolding:
         home = self.homes.get(id(storage))
         if home is None:
             return storage
-        period, key = home[0] + shift, home[1]
-        extra = self.trunk.extra
-        if 2 <= period < extra + 2:
-            return self._clone(period, key)
-        found = self.places.get((period if period < 2 else period - extra, key))
-        if found is None:
+        there = home[0] + shift, home[1]
+        return self.whole.get(there) or self._clone(*there)
+
+    def _check_near(self, rows: Iterable[int]) -> None:
+        """What a row within a run makes or frees is of its own period or a neighbour."""
+        for row in rows:
+            for storage, _ in self.tape.events[row + 1]:
+                home = self.homes.get(id(storage))
+                if home is not None and abs(home[0] - self.stretch[row]) > 1:
+                    raise Unfoldable("a block frees what a distant one made")
+
+    def _clone(self, period: int, key: int) -> Storage:
+        like = self.places.get((2, key))
+        if like is None or not 2 <= period < self.trunk.extra + 2:
             raise Unfoldable("a block's storage has no counterpart in its neighbour")
-        return found
-
-    def _near(self, storage: Storage, row: int, shift: int) -> Storage:
-        """The same for a storage that a row within a run makes or frees: of its own period or a neighbour."""
-        home = self.homes.get(id(storage))
-        if home is not None and abs(home[0] - self.stretch[row]) > 1:
-            raise Unfoldable("a block frees what a distant one made")
-        return self._at(storage, shift)
-
-    def _clone(self, period: int, key: Any) -> Storage:
-        found = self.clones.get((period, key))
-        if found is None:
-            like = self.places.get((2, key))
-            if like is None:
-                raise Unfoldable("a block's storage has no counterpart in its neighbour")
-            found = self.clones[(period, key)] = like.copy()
-            found.name, found.owner = self._renamed(like.name, period - 2), self._renamed(like.owner, period - 2)
-            found.module = self._renamed(like.module, period - 2)
+        found = self.whole[(period, key)] = self.clones[(period, key)] = like.copy()
+        found.name, found.owner = self._renamed(like.name, period - 2), self._renamed(like.owner, period - 2)
+        found.module = self._renamed(like.module, period - 2)
         return found
 
     def _renamed(self, path: str, shift: int) -> str:
@@ -359,7 +361,7 @@ class _Unfolding:
         homes = [None if s is None else self.homes.get(id(s)) for s in storages]
         tags = [None if home is None else home[0] for home in homes]
         split = [
-            None if s is None or home is None else (s.memory_class, home[1][0], isinstance(v, int) and v > 0)
+            None if s is None or home is None else (s.memory_class, self.zones[home[1]], isinstance(v, int) and v > 0)
             for s, home, v in zip(storages, homes, values, strict=True)
         ]
 
