@@ -108,7 +108,8 @@ class Session:
         parameter = unwrapped(parameter)
         self._parameters.setdefault(id(parameter), parameter)
         self._own_grad(parameter)
-        self.recorder.adopt(parameter, "parameters", name)
+        for part in _tensors(parameter):  # a quantised weight is codes and scales
+            self.recorder.adopt(part, "parameters", name)
         if parameter.layout is torch.strided:
             self.recorder.leaf_modules.setdefault(parameter.untyped_storage()._cdata, module)
         if parameter.grad is not None:

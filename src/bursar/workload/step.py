@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from bursar.errors import BadInput, UnknownName
@@ -321,7 +322,12 @@ def fake_copies(device: torch.device) -> Any:
     def fake(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         if id(tensor) in memo:
             return memo[id(tensor)]  # type: ignore[no-any-return]
-        new = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
+        if is_traceable_wrapper_subclass(tensor):  # made of several, a quantised weight say: each of them is copied
+            names, context = tensor.__tensor_flatten__()
+            inner = {name: fake(getattr(tensor, name), memo) for name in names}
+            new = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+        else:
+            new = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         elif tensor.is_floating_point():
