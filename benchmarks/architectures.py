@@ -30,7 +30,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-SECONDS = 40  # of processor time, for one type
+SECONDS = 100  # of processor time, for one type
 TYPES = 100  # for one process: what torch and transformers keep of each adds up
 SAMPLES, POSITIONS = 2, 32
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth",
@@ -60,15 +60,25 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {
         "text_config.mlp_layer_types": ["dense", "sparse"],
         "vision_config.encoder_config.hidden_size": 896,
+        "text_config.num_experts_per_tok": 2,
     },  # no default
     "deepseek_v2": {"num_experts_per_tok": 2},  # no default
-    **{kind: {"text_config.rope_parameters": _MROPE} for kind in ("glm4v", "glm46v", "glm_image")},
+    **{kind: {"text_config.rope_parameters": _MROPE} for kind in ("glm4v", "glm46v", "glm_image", "glmga")},
     **{kind: {"rope_parameters": _MROPE} for kind in ("glm4v_text", "glm46v_text", "glm_image_text")},
     "glm4v_moe": {"text_config.rope_parameters": {**_MROPE, "mrope_section": [3, 4, 4]}},
     "glm4v_moe_text": {"rope_parameters": {**_MROPE, "mrope_section": [3, 4, 4]}},
-    "nemotron": {"head_dim": 128},  # no default
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "moonshine_streaming": {"num_key_value_heads": 8},  # no default
     "ministral": {"head_dim": 128},  # no default
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},  # no default
+    **{kind: {"head_dim": 128} for kind in ("hunyuan_v1_dense", "hunyuan_v1_moe")},  # no default
+    "hunyuan_vl": {"text_config.head_dim": 128, "text_config.rope_parameters": _MROPE},
+    "hunyuan_vl_text": {"head_dim": 128, "rope_parameters": _MROPE},
+    "reformer": {"axial_pos_shape": [4, 8]},  # its product is the length of a sequence in training
+    **{kind: {"attention_window": 16} for kind in ("longformer", "led")},  # a sequence is padded to the window
+    "vilt": {"image_size": 224},
+    "step3p7": {"text_config.sliding_window": 512},  # no default
+    "pp_doclayout_v2": {"class_thresholds": [0.5] * 25, "class_order": [0] * 25},  # no default
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},  # no default
     "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},  # no default
     "diffusion_gemma": {

@@ -21,7 +21,7 @@ from torch.utils._mode_utils import no_dispatch
 
 aten = torch.ops.aten
 MAX_ELEMENTS = 2**17  # positions and masks of padding are smaller; S × S masks are not looked at, and cost 10 ms each
-MAX_FLOATS = 2**12  # numbers that are looked at are few: rates, scales, a table's bounds
+MAX_FLOATS = 2**13  # numbers that are looked at are few: rates, scales, a table's bounds
 MAX_ASSUMED_ELEMENTS = 2**23  # which token goes to which expert, one-hot, is larger and asked for more often
 
 BALANCED = "routing is balanced: every expert gets its equal share of the tokens"

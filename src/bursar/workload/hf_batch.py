@@ -103,12 +103,17 @@ class _Sizes:
             value: Any = int(self.config.patch_size / min(ratios))
         else:
             value = getattr(vision, "image_size", None) or getattr(self.config, "image_size", None)
+            value = value or getattr(self.config, "max_img_size", None)
         if isinstance(value, dict):
             value = [value.get("height", 224), value.get("width", 224)]
         if isinstance(value, (list, tuple)):
             height, width = int(value[0]), int(value[-1])
         else:
-            height = width = value if type(value) is int and value > 0 else 224
+            pool = getattr(vision, "pooling_kernel_size", 1)
+            side = 224 if type(pool) is not int or pool == 1 else 5 * pool * self.size(vision, "patch_size", default=16)
+            height = width = value if type(value) is int and value > 0 else side
+        if self.config.model_type == "seggpt":  # which puts a prompt on top
+            height //= 2
         return self.size(vision, "num_channels", "in_channels", "in_chans", default=3), height, width
 
     def token(self) -> int:
@@ -179,7 +184,7 @@ def _images(s: _Sizes) -> Tensor:
     channels, height, width = s.image()
     if "spatial_shapes" in s.takes:
         return torch.randn(s.B, 256, channels * s.size(s.vision, "patch_size", default=16) ** 2)
-    if "image_grid_thw" in s.takes or "grid_thw" in s.takes:
+    if s.takes & {"image_grid_thw", "grid_thw", "image_grid_hw", "grid_hw"}:
         return torch.randn(s.B * _GRID[0] * _GRID[1] * _GRID[2], _row(s))
     pinpoints = getattr(s.config, "image_grid_pinpoints", None)
     if pinpoints and "image_sizes" in s.takes:
@@ -202,8 +207,12 @@ _SEVERAL_IMAGES = ("idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", 
 _GRID = (1, 16, 16)  # frames, rows and columns of patches
 
 
+def _patch(s: _Sizes) -> int:
+    return s.size(s.vision, "patch_size", "spatial_patch_size", default=14)
+
+
 def _row(s: _Sizes) -> int:
-    patch = s.size(s.vision, "patch_size", "spatial_patch_size", default=14)
+    patch = _patch(s)
     return s.image()[0] * patch * patch * s.size(s.vision, "temporal_patch_size", default=1)
 
 
@@ -259,16 +268,16 @@ _Makers = tuple[Callable[[_Sizes], Any], ...]
 _MAKERS: dict[str, _Makers] = {
     "input_ids": (
         lambda s: s.ids(),
-        lambda s: torch.full((s.B, s.S, _codebooks(s)), 5),
-        lambda s: torch.full((s.B, _codebooks(s), s.S), 5),
-        lambda s: torch.full((s.B, s.S, _codebooks(s) + 1), 5),  # and one of text
-        lambda s: torch.full((s.B * _codebooks(s), s.S), 5),
+        lambda s: torch.full((s.B, s.S, _codebooks(s.config)), 5),
+        lambda s: torch.full((s.B, _codebooks(s.config), s.S), 5),
+        lambda s: torch.full((s.B, s.S, _codebooks(s.config) + 1), 5),  # and one of text
+        lambda s: torch.full((s.B * _codebooks(s.config), s.S), 5),
     ),
     "attention_mask": (lambda s: _ones(s), lambda s: _ones(s, 16000), lambda s: _sound_mask(s)),
     "decoder_input_ids": (
         lambda s: s.ids(),
-        lambda s: torch.full((s.B, s.S, _codebooks(s)), 5),
-        lambda s: torch.full((s.B * _codebooks(s), s.S), 5),
+        lambda s: torch.full((s.B, s.S, _codebooks(s.config)), 5),
+        lambda s: torch.full((s.B * _codebooks(s.config), s.S), 5),
     ),
     "decoder_attention_mask": (lambda s: _ones(s),),
     "token_type_ids": (lambda s: _zeros(s), lambda s: _zeros(s, s.S, 7)),  # a table's cells have seven
@@ -284,6 +293,7 @@ _MAKERS: dict[str, _Makers] = {
         lambda s: torch.randn(s.B * _GRID[0] * _GRID[1] * _GRID[2], _row(s)),
         lambda s: torch.randn(s.B, _GRID[0] * _GRID[1] * _GRID[2], _row(s)),
         lambda s: torch.randn(s.B * _GRID[0] * _GRID[1] * _GRID[2], 2 * _row(s)),
+        lambda s: torch.randn(s.B * _GRID[1] * _GRID[2], s.image()[0], *[_patch(s)] * 2),
         lambda s: torch.randn(s.B, 1, 1, *s.image()),
         lambda s: torch.randn(s.B, 2, 3, *s.image()[1:]),
     ),
@@ -304,13 +314,14 @@ _MAKERS: dict[str, _Makers] = {
         lambda s: torch.randn(s.B, 1, 128, s.size(s.audio, *_BINS, default=80)),
         lambda s: torch.randn(s.B, s.size(s.audio, *_BINS, default=80), 128),
         lambda s: torch.randn(s.B, s.size(s.audio, *_BINS, default=80), 3000),
+        lambda s: torch.randn(s.B, 128, _bins(s)),
         lambda s: torch.randn(s.B, 128, 128),
         lambda s: torch.randn(s.B, 128, 4 * s.size(s.audio, *_BINS, default=80)),
         lambda s: torch.randn(s.B, 128, _width(s)),
     ),
     "audio_mel": (lambda s: torch.randn(s.B, 128, s.size(s.audio, "input_feat_size", default=128)),),
     "audio_mel_mask": (lambda s: torch.zeros(s.B, 128, dtype=torch.bool),),
-    "spectrogram_labels": (lambda s: torch.randn(s.B, s.S, s.size(s.config, "num_mel_bins", default=80)),),
+    "spectrogram_labels": (lambda s: torch.zeros(s.B, s.S, s.size(s.config, "num_mel_bins", default=80)),),
     "pixel_position_ids": (lambda s: _positions(s),),
     "image_position_ids": (lambda s: _positions(s),),
     "input_values": (
@@ -388,7 +399,19 @@ _MAKERS: dict[str, _Makers] = {
         lambda s: torch.arange(max(s.S, 80)).expand(s.B, -1) < s.size(s.config, "latent_query_num", default=64),
     ),
     "states": (lambda s: torch.randn(s.B, s.S, s.config.state_dim),),
-    "actions": (lambda s: torch.randn(s.B, s.S, s.config.act_dim),),
+    "actions": (
+        lambda s: torch.randn(
+            s.B, s.size(s.config, "chunk_size", default=s.S), s.size(s.config, "act_dim", "max_action_dim", default=1)
+        ),
+    ),
+    "state": (lambda s: torch.randn(s.B, s.size(s.config, "max_state_dim", default=32)),),
+    "image_attention_mask": (lambda s: _ones(s, s.S, 1),),
+    "latents": (
+        lambda s: torch.randn(s.B, s.S, _width(s)),
+        lambda s: torch.randn(s.B, _width(s), s.S),
+    ),
+    "context": (lambda s: torch.randn(s.B, s.S, _width(s)),),
+    "image": (lambda s: torch.randn(s.B, *s.image()),),
     "rewards": (lambda s: torch.randn(s.B, s.S, 1),),
     "returns_to_go": (lambda s: torch.randn(s.B, s.S, 1),),
     "timesteps": (lambda s: _zeros(s), lambda s: _zeros(s, 1)[:, 0]),
@@ -419,13 +442,18 @@ _ALWAYS = frozenset(
 """.split()
 )
 _TEXT_ONLY = frozenset({"input_ids", "attention_mask", "decoder_input_ids", "token_type_ids", "labels"})
-MOST_TRIES = 24
+MOST_TRIES = 32
 
 
-def _codebooks(s: _Sizes) -> int:
+def _codebooks(config: Any) -> int:
     """How many tokens of sound stand at one position."""
     names = ("num_codebooks", "n_codebooks", "num_code_groups", "num_channels", "n_q")
-    return next((n for c in parts(s.config) for name in names if type(n := getattr(c, name, None)) is int), 1)
+    return next((n for c in parts(config) for name in names if type(n := getattr(c, name, None)) is int), 1)
+
+
+def _bins(s: _Sizes) -> int:
+    """The width of a frame of sound, of whichever part says it."""
+    return next((n for c in parts(s.config) for name in _BINS if type(n := getattr(c, name, None)) is int), 80)
 
 
 def _makers(name: str) -> _Makers:
@@ -469,13 +497,14 @@ def make(
                 setattr(config, key, 0)
     first: Exception | None = None
     tried = {_Choice()}
-    todo = [(0, 0, _Choice())]  # how many modules the try it follows called, negative; its number; the choice
+    # How many modules the try it follows called, negative; its number; the choice; how that try ended
+    todo: list[tuple[int, int, _Choice, str]] = [(0, 0, _Choice(), "")]
     on_meta = any(p.is_meta for p in model.parameters())
-    plain = not getattr(config, "is_encoder_decoder", False)
+    plain = not getattr(config, "is_encoder_decoder", False) and _codebooks(config) == 1
     for _ in range(MOST_TRIES):
         if not todo:
             break
-        came_to, _, choice = heapq.heappop(todo)
+        came_to, _, choice, end = heapq.heappop(todo)
         batch: dict[str, Any] = {}
         with looking() as calls:
             try:
@@ -492,12 +521,13 @@ def make(
                 ) if choice != _Choice() else ()
             except Exception as error:
                 first = first or error
-                if len(calls) < -came_to:
-                    continue  # a step back
+                ended = f"{len(calls)} {error!r}"
+                if len(calls) < -came_to or ended == end:
+                    continue  # a step back, or none
                 for following in _others(choice, batch, parameters, error):
                     if following not in tried:
                         tried.add(following)
-                        heapq.heappush(todo, (-len(calls), len(tried), following))
+                        heapq.heappush(todo, (-len(calls), len(tried), following, ended))
     assert first is not None
     raise first
 
@@ -519,9 +549,10 @@ def _others(choice: _Choice, batch: dict[str, Any], parameters: Any, error: Exce
         ):
             yield replace(choice, dropped=(*choice.dropped, name))
     forms = dict(choice.forms)
-    for name in batch:
-        if forms.get(name, 0) + 1 < len(_makers(name)):
-            yield replace(choice, forms=tuple({**forms, name: forms.get(name, 0) + 1}.items()))
+    for form in range(max((len(_makers(name)) for name in batch), default=0)):
+        for name in batch:
+            if form < len(_makers(name)) and form != forms.get(name, 0):
+                yield replace(choice, forms=tuple({**forms, name: form}.items()))
     if "NoneType" in says or not batch or isinstance(error, ValueError):
         for name in missing:
             if name not in ("attention_mask", "position_ids", "inputs_embeds", "decoder_attention_mask"):
@@ -573,6 +604,7 @@ _IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_token", "im_patch
 _INSERTED = (
     (_IMAGE_TOKENS, "get_image_features", "pixel_values"),
     (_IMAGE_TOKENS, "get_image_features", "pixel_values_images"),
+    (("video_token_id", "video_token_index"), "get_video_features", "pixel_values"),
     (("audio_token_id", "audio_token_index"), "get_audio_features", "input_features"),
     (("audio_token_id", "audio_token_index"), "get_audio_features", "input_values"),
 )
@@ -589,6 +621,8 @@ def _insert_features(model: nn.Module, s: _Sizes, batch: dict[str, Any]) -> None
         if token is None:
             continue
         takes = inspect.signature(features).parameters
+        if method == "get_video_features" and given not in takes:
+            continue
         with torch.device("cpu"):  # where a running model's factories make their tensors
             wanted = {n for n, p in takes.items() if p.default is p.empty or n not in ("input_ids", "labels")}
             passes_on = any(p.kind is p.VAR_KEYWORD for p in takes.values()) and given not in takes

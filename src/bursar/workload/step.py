@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from bursar.errors import BadInput, UnknownName
@@ -322,10 +321,11 @@ def fake_copies(device: torch.device) -> Any:
     def fake(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         if id(tensor) in memo:
             return memo[id(tensor)]  # type: ignore[no-any-return]
-        if is_traceable_wrapper_subclass(tensor):  # made of several, a quantised weight say: each of them is copied
+        if hasattr(tensor, "__tensor_flatten__"):  # made of several, a quantised weight say: each of them is copied
+            kind: Any = type(tensor)
             names, context = tensor.__tensor_flatten__()
             inner = {name: fake(getattr(tensor, name), memo) for name in names}
-            new = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+            new: Tensor = kind.__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
         else:
             new = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
         if isinstance(tensor, nn.Parameter):
