@@ -76,7 +76,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": {"head_dim": 128, "rope_parameters": _MROPE},
     "reformer": {"axial_pos_shape": [4, 8]},  # its product is the length of a sequence in training
     **{kind: {"attention_window": 16} for kind in ("longformer", "led")},  # a sequence is padded to the window
-    "vilt": {"image_size": 224},
+    "vilt": {"image_size": 64},  # it asks its mask where the picture ends; so many values a trace knows
     "step3p7": {"text_config.sliding_window": 512},  # no default
     "pp_doclayout_v2": {"class_thresholds": [0.5] * 25, "class_order": [0] * 25},  # no default
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},  # no default
@@ -228,7 +228,7 @@ def attempt(kind: str, whole: bool) -> dict[str, Any]:
             }
 
 
-_NOTED = ("not counted", "balanced", "0.5", "stands for", "is taken", "assumed")
+_NOTED = ("not counted", "balanced", "0.5", "found to take", "stands aside", "finite", "blank")
 
 
 def work() -> None:
@@ -286,22 +286,35 @@ class Worker:
             self.process = None
 
 
-# What is no failure to trace: transformers itself does not build the model, here or at all
+# What is no failure to trace: transformers itself does not build the model here, from its default config or at all
 _NOT_BUILT = (
-    ("has no head", "no Auto class builds it: it is a part of another model, and is traced in that"),
+    ("has no head", "no class of its own with a forward: a part of another model, traced in that"),
     ("requires the", "needs a package that is not installed"),
     ("No module named", "needs a package that is not installed"),
-    ("cannot build", "transformers does not build a model from its default config, cut"),
-    ("refuses this config", "transformers refuses its own default config, cut"),
-    ("missing the required", "has no forward"),
+    ("cannot build", "its default config, cut and whole, does not build"),
+    ("refuses this config", "transformers refuses its own default config"),
+    ("validator", "transformers refuses its own default config"),
+    ("missing the required", "its class has no forward: its parts are trained, and stand here themselves"),
+    ("is frozen", "every parameter is frozen"),
     ("Could not find", "transformers does not find the class"),
-    ("Unrecognized model type", "transformers refuses its own default config, cut"),
+    ("Unrecognized model type", "transformers refuses its own default config"),
 )
 
 
+_INPUTS = ("pixel_values", "input_features", "input_values")
+
+
 def not_built(row: dict[str, Any]) -> str:
-    """Why transformers has no model of this type to trace; empty where it has."""
+    """Why transformers has no model of this type to train; empty where it has."""
     return next((why for sign, why in _NOT_BUILT if sign in row.get("error", "")), "")
+
+
+def auto_types() -> set[str]:
+    """The types that one of transformers' Auto classes builds; the others are parts of models: towers, codecs."""
+    from transformers.models.auto import modeling_auto
+
+    names = [n for n in dir(modeling_auto) if n.startswith("MODEL_") and n.endswith("MAPPING_NAMES")]
+    return {kind for name in names for kind in getattr(modeling_auto, name)}
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -311,48 +324,75 @@ def page(rows: list[dict[str, Any]]) -> str:
 
     import bursar
 
+    auto = auto_types()
     built = [r for r in rows if not not_built(r)]
+    whole = [r for r in built if r["type"] in auto]
     traced = [r for r in built if "error" not in r]
-    clean = [r for r in traced if not r["uncounted"]]
+    assumed = [" ".join(r["notes"]) for r in traced]
+
+    def share(of: list[dict[str, Any]]) -> str:
+        n = sum("error" not in r for r in of)
+        return f"{n} of {len(of)} ({n / max(1, len(of)):.1%})"
+
     lines = [
         "# Architectures of transformers, traced",
         "",
         f"{datetime.date.today()}, `benchmarks/architectures.py`, bursar {bursar.__version__}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {os.cpu_count()} cores. "
-        "One training step (forward, backward, AdamW) on the fake GPU, the default config cut to few layers.",
+        "One training step (forward, backward, AdamW) on the fake GPU. The config is the type's default, cut to few "
+        "layers and experts; whole where that does not run; with the fields of `EXCEPTIONS` where the default lacks "
+        "what the model needs.",
         "",
-        f"- {len(rows)} model types; transformers builds {len(built)} of them here",
-        f"- **{len(traced)} of {len(built)} traced ({len(traced) / max(1, len(built)):.1%})**, "
-        f"{len(clean)} with nothing uncounted",
+        f"- {len(rows)} model types, {sum(r['type'] in auto for r in rows)} of them built by an Auto class; the others "
+        "are parts (towers, decoders, codecs), traced alone where they have a class of their own",
+        f"- **of the types an Auto class builds here, {share(whole)} trace a training step**; with the parts, "
+        f"{share(built)}",
+        f"- {sum(not r['uncounted'] for r in traced)} of the {len(traced)} have nothing uncounted",
+        f"- of these, {sum('found to take' in a for a in assumed)} on a batch found by trying, "
+        f"{sum('no labels' in a for a in assumed)} of them without labels (the loss is the mean of each output); "
+        f"{sum('stands aside' in a for a in assumed)} by another head than the first, or the body, for no batch was "
+        "found that the first takes",
+        f"- {sum(any(f'no {n}' in a for n in _INPUTS) for a in assumed)} on text alone, without picture or sound: "
+        f"{', '.join(r['type'] for r, a in zip(traced, assumed, strict=True) if any(f'no {n}' in a for n in _INPUTS))}",
         "",
         "## Not traced",
         "",
         "| type | why | at |",
         "|---|---|---|",
-        *(f"| {r['type']} | {_cell(r['error'])} | {_cell(r.get('where', ''))} |" for r in built if "error" in r),
+        *(
+            f"| {r['type']}{' (part)' * (r['type'] not in auto)} | {_cell(r['error'])} | {_cell(r.get('where', ''))} |"
+            for r in sorted(built, key=lambda r: (r["type"] not in auto, r["type"]))
+            if "error" in r
+        ),
         "",
         "## Traced, with ops that have no rule",
         "",
-        *(f"- {r['type']}: {', '.join(r['uncounted'])}" for r in traced if r["uncounted"]),
+        *([f"- {r['type']}: {', '.join(r['uncounted'])}" for r in traced if r["uncounted"]] or ["None."]),
         "",
         "## Not built by transformers here",
         "",
     ]
     for why in dict.fromkeys(why for _, why in _NOT_BUILT):
-        types = [r["type"] for r in rows if not_built(r) == why]
+        types = [r for r in rows if not_built(r) == why]
         if types:
-            lines.append(f"- {why} ({len(types)}): {', '.join(types)}")
-    lines += ["", "## Traced", "", "| type | head | ops | model FLOPs | assumed |", "|---|---|---:|---:|---|"]
+            lines += [f"{why[0].upper()}{why[1:]} ({len(types)}):", ""]
+            lines += [f"- {r['type']}: {_cell(r['error'])}" for r in types]
+            lines.append("")
+    lines += ["## Traced", "", "| type | head | ops | model FLOPs | assumed |", "|---|---|---:|---:|---|"]
     for r in traced:
         lines.append(f"| {r['type']} | {r['head']} | {r['ops']} | {r['flops']:,} | {_cell('; '.join(r['notes']))} |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(text: str) -> str:
-    """Text for a cell of a table, without this machine's paths."""
+    """Text for a cell of a table: one line, without this machine's paths, ending where a word does."""
     text = re.sub(r"(/[\w.\-]+)+/(site-packages/)?", "", text)
-    text = re.sub(r"tmp\w{8}", "config", text)
-    return text.replace("|", "\\|").replace("<", "‹").replace(">", "›")[:200]
+    text = re.sub(r"tmp\w{8}: ", "", text)
+    text = text.partition(". Take the value from a Python number")[0].partition("; write a callable")[0]
+    text = text.partition("You can install it")[0].partition("Please install it")[0]
+    for sign, written in (("|", "\\|"), ("<", "‹"), (">", "›")):
+        text = text.replace(sign, written)
+    return text.strip() if len(text) < 300 else f"{text[:300].rpartition(' ')[0]} …"
 
 
 def main() -> None:
@@ -361,7 +401,7 @@ def main() -> None:
     asked.add_argument("--sample", type=int)
     asked.add_argument("--seed", type=int, default=0)
     asked.add_argument("--only", default="")
-    asked.add_argument("--after", type=Path, help="skip the types that this file of --json has traced")
+    asked.add_argument("--after", type=Path, help="keep what this file of --json has traced, do the rest")
     asked.add_argument("--jobs", type=int, default=2)
     asked.add_argument("--json", type=Path)
     asked.add_argument("--markdown", type=Path)
@@ -376,10 +416,11 @@ def main() -> None:
         kinds = options.only.split(",")
     if options.sample:
         kinds = sorted(random.Random(options.seed).sample(kinds, options.sample))
+    rows: list[dict[str, Any]] = []
     if options.after:
-        done = {r["type"] for line in options.after.read_text().splitlines() if "error" not in (r := json.loads(line))}
-        kinds = [k for k in kinds if k not in done]
-    rows = []
+        last = {r["type"]: r for line in options.after.read_text().splitlines() if (r := json.loads(line))}
+        kinds = [k for k in kinds if "error" in last.get(k, {"error": ""})]
+        rows = [r for kind, r in last.items() if kind not in kinds]
     todo, answered = iter(kinds), queue.Queue[dict[str, Any]]()
 
     def one_after_another() -> None:
@@ -402,7 +443,7 @@ def main() -> None:
     traced = [r for r in rows if "error" not in r]
     print(f"{len(traced)} of {len(rows)}; uncounted in {sum(bool(r['uncounted']) for r in traced)}", file=sys.stderr)
     if options.markdown:
-        options.markdown.write_text(page(rows))
+        options.markdown.write_text(page(sorted(rows, key=lambda r: r["type"])))
 
 
 if __name__ == "__main__":

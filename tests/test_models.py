@@ -435,8 +435,8 @@ def test_initialisers_and_optimizers_that_look_at_numbers_work():
 # ---- transformers' architectures: a sample. benchmarks/architectures.py traces all
 
 
-FAMILIES = ["gpt2", "bert", "t5", "vit", "whisper", "mamba", "clip", "convnext", "wav2vec2", "deepseek_v3", "detr",
-            "qwen3_vl", "switch_transformers", "resnet", "xlnet"]  # fmt: skip
+# One of each kind that is not in REAL below
+FAMILIES = ["whisper", "deepseek_v3", "detr", "qwen3_vl", "switch_transformers", "patchtst", "decision_transformer"]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -16,7 +16,8 @@ _OURS = str(Path(__file__).resolve().parent.parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
 _NO_FAKE = re.compile(r"There was no fake impl registered for <CustomOpDef\((.*?)\)>")  # torch/_library/custom_ops.py
 _NO_DATA = re.compile(
-    r"(The tensor has a non-zero number of elements, but its data is not allocated|Cannot access data)"
+    r"(The tensor has a non-zero number of elements, but its data is not allocated|Cannot access data"
+    r"|Could not run 'aten::_local_scalar_dense')"
 )
 _NEEDS_DATA = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 

@@ -127,6 +127,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "aten._fused_rms_norm": _rms_norm,
     "aten._fused_rms_norm_backward": _rms_norm_backward,
     "aten.silu_backward": _like_second,
+    "aten._sample_dirichlet": _like_first,
+    "aten._standard_gamma": _like_first,
     "aten.mish_backward": _like_second,
     "aten.native_channel_shuffle": _like_first,
     "aten._fused_sgd_": _nothing,

@@ -315,6 +315,7 @@ _MAKERS: dict[str, _Makers] = {
         lambda s: torch.randn(s.B, s.size(s.audio, *_BINS, default=80), 128),
         lambda s: torch.randn(s.B, s.size(s.audio, *_BINS, default=80), 3000),
         lambda s: torch.randn(s.B, 128, _bins(s)),
+        lambda s: torch.randn(s.B, _bins(s), 200),
         lambda s: torch.randn(s.B, 128, 128),
         lambda s: torch.randn(s.B, 128, 4 * s.size(s.audio, *_BINS, default=80)),
         lambda s: torch.randn(s.B, 128, _width(s)),
@@ -345,6 +346,7 @@ _MAKERS: dict[str, _Makers] = {
     ),
     "input_features_mask": (lambda s: _sound_mask(s),),
     "feature_attention_mask": (lambda s: _sound_mask(s),),
+    "mask": (lambda s: torch.ones(s.B, 128, dtype=torch.bool),),
     "padding_mask": (lambda s: _ones(s, 16000), lambda s: _sound_mask(s)),
     "audio_feature_lengths": (lambda s: _sound_mask(s).sum(-1),),
     "feature_lens": (lambda s: _sound_mask(s).sum(-1),),
@@ -430,6 +432,7 @@ _BY_ENDING: dict[str, _Makers] = {
     "_values": (lambda s: torch.randn(s.B, *s.image()), lambda s: torch.randn(s.B, 16000)),
     "_embeds": (lambda s: torch.randn(s.B, s.S, _width(s)),),
     "_states": (lambda s: torch.randn(s.B, s.S, _width(s)),),
+    "_features": (lambda s: torch.randn(s.B, s.S, _width(s)),),
     "_lengths": (lambda s: torch.full((s.B,), s.S),),
 }
 # Given wherever the forward has them
@@ -441,6 +444,7 @@ _ALWAYS = frozenset(
     timesteps spectrogram_labels duration_labels pitch_labels energy_labels
 """.split()
 )
+_MAIN = ("pixel_values", "input_features", "input_values")
 _TEXT_ONLY = frozenset({"input_ids", "attention_mask", "decoder_input_ids", "token_type_ids", "labels"})
 MOST_TRIES = 32
 
@@ -458,8 +462,8 @@ def _bins(s: _Sizes) -> int:
 
 def _makers(name: str) -> _Makers:
     """How the parameter of that name can be filled, first what is likely."""
-    if name.startswith(("output_", "use_", "return_")) and name not in _MAKERS:
-        return ()  # a flag
+    if (name.startswith(("output_", "use_", "return_")) and name not in _MAKERS) or name.endswith("past_key_values"):
+        return ()  # a flag, or a cache
     return _MAKERS.get(name) or next((m for end, m in _BY_ENDING.items() if name.endswith(end)), ())
 
 
@@ -533,7 +537,7 @@ def make(
 
 
 def _others(choice: _Choice, batch: dict[str, Any], parameters: Any, error: Exception) -> Iterator[_Choice]:
-    """What to try after ``error``: first what it names."""
+    """What to try after ``error``: first what it names, last without an input that the model can do without."""
     says = str(error)
     left = ("labels", *choice.added, *choice.dropped)
     missing = [n for n in parameters if n not in batch and n not in left and _makers(n)]
@@ -542,12 +546,6 @@ def _others(choice: _Choice, batch: dict[str, Any], parameters: Any, error: Exce
         yield replace(choice, added=choice.added + named)
     if "labels" in batch:
         yield replace(choice, labelled=False)
-    for name in batch:
-        if (
-            name not in ("input_ids", "labels", *choice.added)
-            and parameters[name].default is not inspect.Parameter.empty
-        ):
-            yield replace(choice, dropped=(*choice.dropped, name))
     forms = dict(choice.forms)
     for form in range(max((len(_makers(name)) for name in batch), default=0)):
         for name in batch:
@@ -557,6 +555,10 @@ def _others(choice: _Choice, batch: dict[str, Any], parameters: Any, error: Exce
         for name in missing:
             if name not in ("attention_mask", "position_ids", "inputs_embeds", "decoder_attention_mask"):
                 yield replace(choice, added=(*choice.added, name))
+    optional = [n for n in batch if parameters[n].default is not inspect.Parameter.empty]
+    for name in sorted(optional, key=lambda n: n in _MAIN):  # a picture goes last, after what describes it
+        if name not in ("input_ids", "labels", *choice.added):
+            yield replace(choice, dropped=(*choice.dropped, name))
 
 
 def _fill(batch: dict[str, Any], model: nn.Module, config: Any, B: int, S: int, labels: str, choice: _Choice) -> None:
