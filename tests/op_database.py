@@ -34,21 +34,14 @@ __all__ = ["ReductionOpInfo", "UnaryUfuncInfo"]  # for the tests, which could no
 FROM_FIRST = 4  # a generator may make thousands
 
 # What a trace cannot price, why, and the error it gives; on a fake GPU (None) or with on="cpu"
-_DATA = "the result is a number read from the data, or one is needed on the way"
 _JITERATOR = "compiles CUDA source when called: needs a GPU's compiler"
 UNPRICED = {
     None: {
-        "item": _DATA, "equal": _DATA, "allclose": _DATA, "nonzero": _DATA, "argwhere": _DATA, "cov": _DATA,
-        "nn.functional.gaussian_nll_loss": "looks whether a variance is negative",
-        "istft": "looks whether the windows leave a gap",
         "jiterator_unary": _JITERATOR, "jiterator_binary": _JITERATOR, "jiterator_2inputs_2outputs": _JITERATOR,
         "jiterator_4inputs_with_extra_args": _JITERATOR, "jiterator_binary_return_by_ref": _JITERATOR,
         "sparse.mm.reduce": "torch has its backward on the CPU alone",
     },
     "cpu": {
-        "item": _DATA, "equal": _DATA, "allclose": _DATA, "nonzero": _DATA, "argwhere": _DATA, "cov": _DATA,
-        "nn.functional.gaussian_nll_loss": "looks whether a variance is negative",
-        "istft": "looks whether the windows leave a gap",
         "tensor_split": "reads in C++ where to split",
         "jiterator_unary": _JITERATOR, "jiterator_binary": _JITERATOR, "jiterator_2inputs_2outputs": _JITERATOR,
         "jiterator_4inputs_with_extra_args": _JITERATOR, "jiterator_binary_return_by_ref": _JITERATOR,

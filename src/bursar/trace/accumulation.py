@@ -50,6 +50,8 @@ def into(args: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     if alone is None or len(args) != 2 or not all(isinstance(a, torch.Tensor) and not a.is_sparse for a in args):
         return None
     a, b = args
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return None  # not two gradients of one tensor: a formula of backward adds something up
     for target, other in ((a, b), (b, a)):
         if counts(target) == alone and target.is_contiguous():
             return target, other
