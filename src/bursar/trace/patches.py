@@ -347,15 +347,22 @@ def forget_transformers_tables() -> None:
     """Empty the caches in which transformers' models keep tables of positions: a fake one must not outlive its trace,
     nor a real one come into it."""
     for name, module in list(sys.modules.items()):
-        if not name.startswith("transformers.models.") or ".modeling_" not in name:
-            continue
-        for owner in [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name]:
-            for held in vars(owner).values():
-                function = getattr(held, "__func__", held)  # under a staticmethod
-                for cell in getattr(function, "__closure__", None) or ():
-                    with contextlib.suppress(ValueError):  # an empty cell
-                        if isinstance(cell.cell_contents, functools._lru_cache_wrapper):
-                            cell.cell_contents.cache_clear()
+        if name.startswith("transformers.models.") and ".modeling_" in name:
+            for table in _tables(module):
+                table.cache_clear()
+
+
+@functools.cache
+def _tables(module: Any) -> tuple[Any, ...]:
+    """The functions of a module's classes that remember what they returned, under whatever decorators."""
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    functions = [getattr(held, "__func__", held) for c in classes for held in vars(c).values()]
+    cells = [cell for f in functions for cell in getattr(f, "__closure__", None) or ()]
+    found: list[Any] = []
+    for cell in cells:
+        with contextlib.suppress(ValueError):  # an empty cell
+            found.append(cell.cell_contents)
+    return tuple(f for f in found if isinstance(f, functools._lru_cache_wrapper))
 
 
 def torchao_tables(optimizer: Any) -> None:
