@@ -446,7 +446,7 @@ _ALWAYS = frozenset(
 )
 _MAIN = ("pixel_values", "input_features", "input_values")
 _TEXT_ONLY = frozenset({"input_ids", "attention_mask", "decoder_input_ids", "token_type_ids", "labels"})
-MOST_TRIES = 32
+MOST_TRIES = 40
 
 
 def _codebooks(config: Any) -> int:
@@ -537,7 +537,7 @@ def make(
 
 
 def _others(choice: _Choice, batch: dict[str, Any], parameters: Any, error: Exception) -> Iterator[_Choice]:
-    """What to try after ``error``: first what it names, last without an input that the model can do without."""
+    """What to try after ``error``: first what it names; inputs that the model can do without go late."""
     says = str(error)
     left = ("labels", *choice.added, *choice.dropped)
     missing = [n for n in parameters if n not in batch and n not in left and _makers(n)]
@@ -546,19 +546,19 @@ def _others(choice: _Choice, batch: dict[str, Any], parameters: Any, error: Exce
         yield replace(choice, added=choice.added + named)
     if "labels" in batch:
         yield replace(choice, labelled=False)
+    optional = [n for n in batch if parameters[n].default is not inspect.Parameter.empty and n not in choice.added]
+    without = {n: replace(choice, dropped=(*choice.dropped, n)) for n in optional if n not in ("input_ids", "labels")}
+    yield from (c for n, c in without.items() if n not in _MAIN)
     forms = dict(choice.forms)
     for form in range(max((len(_makers(name)) for name in batch), default=0)):
         for name in batch:
             if form < len(_makers(name)) and form != forms.get(name, 0):
                 yield replace(choice, forms=tuple({**forms, name: form}.items()))
+    yield from (c for n, c in without.items() if n in _MAIN)  # a picture goes after what describes it
     if "NoneType" in says or not batch or isinstance(error, ValueError):
         for name in missing:
             if name not in ("attention_mask", "position_ids", "inputs_embeds", "decoder_attention_mask"):
                 yield replace(choice, added=(*choice.added, name))
-    optional = [n for n in batch if parameters[n].default is not inspect.Parameter.empty]
-    for name in sorted(optional, key=lambda n: n in _MAIN):  # a picture goes last, after what describes it
-        if name not in ("input_ids", "labels", *choice.added):
-            yield replace(choice, dropped=(*choice.dropped, name))
 
 
 def _fill(batch: dict[str, Any], model: nn.Module, config: Any, B: int, S: int, labels: str, choice: _Choice) -> None:
