@@ -547,7 +547,11 @@ def _others(choice: _Choice, batch: dict[str, Any], parameters: Any, error: Exce
     if "labels" in batch:
         yield replace(choice, labelled=False)
     optional = [n for n in batch if parameters[n].default is not inspect.Parameter.empty and n not in choice.added]
-    without = {n: replace(choice, dropped=(*choice.dropped, n)) for n in optional if n not in ("input_ids", "labels")}
+    without = {
+        n: replace(choice, dropped=(*choice.dropped, *(m for m in (n, f"{n}_mask") if m in batch)))
+        for n in optional
+        if n not in ("input_ids", "labels")
+    }
     yield from (c for n, c in without.items() if n not in _MAIN)
     forms = dict(choice.forms)
     for form in range(max((len(_makers(name)) for name in batch), default=0)):
@@ -568,7 +572,7 @@ def _fill(batch: dict[str, Any], model: nn.Module, config: Any, B: int, S: int, 
     main = getattr(model, "main_input_name", "input_ids")
     s = _Sizes(config, B, S, set(parameters))
     wanted = [n for n in parameters if n in needed or n in _ALWAYS or n == main or n in choice.added]
-    wanted = [n for n in wanted if n not in choice.dropped]
+    wanted = [n for n in wanted if n not in choice.dropped and not _left_out(config, n)]
     if {"input_values", "input_features"} <= set(wanted) and not {"input_values", "input_features"} <= needed:
         wanted.remove("input_values" if main == "input_features" else "input_features")
     if {"spatial_shapes", "pixel_attention_mask"} <= s.takes:
@@ -590,6 +594,14 @@ def _fill(batch: dict[str, Any], model: nn.Module, config: Any, B: int, S: int, 
         batch["attention_mask"] = _sound_mask(s)
     if "input_ids" in batch:
         _insert_features(model, s, batch)
+
+
+_TOWERS = (("pixel_values", "vision_config"), ("input_features", "audio_config"), ("input_values", "audio_config"))
+
+
+def _left_out(config: Any, name: str) -> bool:
+    """Whether the parameter is for a tower that the config could have and has not."""
+    return any(name.startswith(given) and getattr(config, part, config) is None for given, part in _TOWERS)
 
 
 def _labels(s: _Sizes, what: str) -> Tensor:
