@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import bursar
+from bursar.errors import DataDependent
 from bursar.trace.session import Session
+from bursar.trace.values import PICTURES
 from bursar.workload.step import run
 
 transformers = pytest.importorskip("transformers", reason="transformers is an extra")
@@ -125,3 +127,13 @@ def test_small_real_numbers_may_be_looked_at():
         assert rates.tolist() == pytest.approx([0, 0.05, 0.1])
         assert torch.Tensor([0.25]).item() == 0.25
     assert trace.ledger.assumptions == ()
+
+
+def test_pictures_are_taken_not_to_be_blank_and_nothing_else_is_taken_of_zeros():
+    with bursar.tracing() as trace:
+        pictures = torch.randn(2, 1, 3, 8, 8, device="cuda")
+        blank = (pictures == 0.0).sum((-1, -2, -3)) == 3 * 8 * 8
+        assert pictures[~blank].shape == (2, 3, 8, 8)
+    assert trace.ledger.assumptions == (PICTURES,)
+    with pytest.raises(DataDependent), bursar.tracing():
+        bool((torch.randn(2, 8, device="cuda") == 0.0).any())
