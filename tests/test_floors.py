@@ -16,7 +16,7 @@ import bursar
 SOURCE = Path(bursar.__file__).parent
 FLOORS = {
     0: "errors units polynomial files revisions",
-    1: "hardware architecture optimizers catalog",
+    1: "hardware architecture optimizers jobs frameworks catalog",
     # a ledger's .memory replays its own events, and asks the allocator what it would hold: they stand together
     2: "rules kernels ledger memory allocator folding",
     3: "roofline reconcile network schedule run operation forms modules diff gate",
