@@ -7,6 +7,7 @@ from typing import Final
 from bursar.errors import BadInput, UnknownName
 from bursar.frameworks import framework as framework_row
 from bursar.hardware import Cluster, accelerator, accelerators, cluster
+from bursar.jobs import Decoder
 from bursar.plan.model import read
 from bursar.plan.search import GIVEN, RECOMPUTE, Question, counts
 from bursar.units import parse_count, parse_rate
@@ -42,14 +43,8 @@ def question_of(
     """The question and the clusters that compete. Raises BadInput or UnknownName for what cannot be meant."""
     if top < 1:
         raise BadInput(f"--top is {top}; give 1 or more")
-    shape, longest = read(model)
+    shape, S = model_of(model, seq_len, None)
     framework_row(framework)
-    S = longest if seq_len is None else _count("seq_len", seq_len)
-    if shape.learned_positions and shape.learned_positions < S:
-        raise BadInput(
-            f"{shape.name} has {shape.learned_positions} positions and a sequence of {S} needs more; give --seq-len "
-            f"{shape.learned_positions} or less"
-        )
     if batch is not None and batch_tokens is not None:
         raise BadInput("the batch is given twice, in sequences and in tokens; drop one")
     if batch is not None:
@@ -82,6 +77,26 @@ def question_of(
             if dtype in ("fp8", "fp4"):
                 where.accelerator.peak(dtype)  # an error that names what the device has
     return question, clusters
+
+
+def model_of(text: str, seq_len: str | int | None, most: int | None) -> tuple[Decoder, int]:
+    """The decoder that ``text`` names and the tokens of a sequence: as asked, or its longest up to ``most``."""
+    shape, longest = read(text)
+    S = min(longest, most or longest) if seq_len is None else _count("seq_len", str(seq_len))
+    if shape.learned_positions and shape.learned_positions < S:
+        raise BadInput(
+            f"{shape.name} has {shape.learned_positions} positions and a sequence of {S} needs more; give --seq-len "
+            f"{shape.learned_positions} or less"
+        )
+    return shape, S
+
+
+def device_of(on: str) -> Cluster:
+    """The one device, or the few, that ``--on`` names."""
+    found = clusters_of(on, None)
+    if len(found) > 1:
+        raise BadInput(f"levers are pulled on one kind of device; {on} names {len(found)}")
+    return found[0]
 
 
 def clusters_of(on: str, gpus: str | None, node: int | None = None, network: str | None = None) -> list[Cluster]:
