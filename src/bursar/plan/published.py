@@ -24,6 +24,10 @@ _GPU = "a100-80g-sxm"  # where a source prints none: what most rows ran on
 _RECOMPUTE = {"full_uniform": "full", "full_block": "full", "": ""}
 
 
+class NoForecast(BadInput):
+    """Nothing can be forecast for a row, though every cell of it can be read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One row: what ran, where, and what was measured. None is a figure that the source does not print."""
@@ -68,7 +72,7 @@ def run(row: Mapping[str, str | None]) -> Run:
     if not skip:
         try:
             job, where = _job(cell, flags), _cluster(cell, flags)
-        except (UnknownName, BadInput) as error:
+        except (UnknownName, NoForecast) as error:
             skip = str(error)
     fits = cell.text("fits")
     return Run(
@@ -114,7 +118,7 @@ class _Cells:
     def must(self, name: str) -> int:
         """A whole number that has to be there."""
         if not self.text(name):
-            raise BadInput(f"no {name}")
+            raise NoForecast(f"no {name}")
         return self.count(name, 0)
 
 
@@ -155,7 +159,7 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
     dp = cell.count("dp", 0)
     if not dp:
         if n_gpus % (tp * pp * cp):
-            raise BadInput(f"tp·pp·cp = {tp * pp * cp} does not divide {n_gpus} GPUs")
+            raise NoForecast(f"tp·pp·cp = {tp * pp * cp} does not divide {n_gpus} GPUs")
         dp = n_gpus // (tp * pp * cp)
         cell.assumed.append(f"dp = {dp} (what is left of {n_gpus} GPUs)")
     stages = cell.count("virtual_stages", 1)
@@ -223,7 +227,7 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
     """The row's shape; Llama 3 405B and its like where a name is all that is printed."""
     d = cell.count("d_model", 0)
     if not d:
-        raise BadInput("no d_model")
+        raise NoForecast("no d_model")
     heads = cell.must("n_heads")
     family = cell.text("family")
     gated = cell.text("gated_mlp") == "1" if cell.text("gated_mlp") else family in _GATED
