@@ -20,6 +20,7 @@ FILE = "runs.csv"
 REQUIRED = ("id", "table", "role", "gpu", "n_gpus", "framework")
 _GATED = ("llama", "moe", "mla_moe")
 _VOCABULARY = 50257  # where a source prints none: GPT-2's, which its makers' CI uses
+_LAYERS = 24
 _GPU = "a100-80g-sxm"  # where a source prints none: what most rows ran on
 _RECOMPUTE = {"full_uniform": "full", "full_block": "full", "": ""}
 
@@ -71,9 +72,10 @@ def run(row: Mapping[str, str | None]) -> Run:
     job = where = None
     if not skip:
         try:
-            job, where = _job(cell, flags), _cluster(cell, flags)
+            job = _job(cell, flags)
+            where = _cluster(cell, job)
         except (UnknownName, NoForecast) as error:
-            skip = str(error)
+            job, skip = None, str(error)
     fits = cell.text("fits")
     return Run(
         cell.text("id"), cell.text("table"), cell.text("role") or "score", job, where,
@@ -127,7 +129,7 @@ def _flag(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def _cluster(cell: _Cells, flags: Mapping[str, str]) -> Cluster:
+def _cluster(cell: _Cells, job: Job) -> Cluster:
     name = cell.text("gpu")
     if not name:
         name = _GPU
@@ -137,10 +139,10 @@ def _cluster(cell: _Cells, flags: Mapping[str, str]) -> Cluster:
     node = cell.count("gpus_per_node", 0)
     return Cluster(
         device,
-        _ranks(cell) if not cell.text("n_gpus") else cell.must("n_gpus"),
+        job.layout.ranks,
         own_node_size=node or None,
         own_node_bytes_per_s=network * 1e9 if network else None,
-        own_scaleup_size=72 if "nvl72" in flags else None,
+        own_scaleup_size=72 if "nvl72" in job.flags else None,
     )
 
 
@@ -158,10 +160,10 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
         cell.assumed.append(f"tp = {tp}, pp = {pp} (the source prints their product only)")
     dp = cell.count("dp", 0)
     if not dp:
-        if n_gpus % (tp * pp * cp):
-            raise NoForecast(f"tp·pp·cp = {tp * pp * cp} does not divide {n_gpus} GPUs")
-        dp = n_gpus // (tp * pp * cp)
+        dp = max(1, n_gpus // (tp * pp * cp))
         cell.assumed.append(f"dp = {dp} (what is left of {n_gpus} GPUs)")
+    elif dp * tp * pp * cp != n_gpus:
+        cell.assumed.append(f"{dp * tp * pp * cp} GPUs (the layout's, where the source says {n_gpus})")
     stages = cell.count("virtual_stages", 1)
     layout = Layout(
         dp, tp, pp, cp,
@@ -223,6 +225,15 @@ def _split(product: int, node: int, n_layers: int) -> tuple[int, int]:
     return tp, product // tp
 
 
+def _layers(cell: _Cells, flags: Mapping[str, str]) -> int:
+    """Layers of the decoder, or of a model that has nothing else."""
+    if cell.text("n_layers"):
+        return cell.must("n_layers")
+    if flags.get("decoder_layers"):
+        return int(flags["decoder_layers"])
+    return cell.count("n_layers", _LAYERS, "the source prints none; GPT-2 medium's")
+
+
 def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
     """The row's shape; Llama 3 405B and its like where a name is all that is printed."""
     d = cell.count("d_model", 0)
@@ -243,7 +254,7 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
     tied = cell.text("tied_embeddings")
     return Decoder(
         cell.text("model") or cell.text("id"),
-        cell.count("n_layers", 0) or int(flags.get("decoder_layers") or 0) or cell.must("n_layers"), d, heads,
+        _layers(cell, flags), d, heads,
         cell.count("n_kv_heads", heads),
         int(flags.get("head_dim") or d // heads),
         d_ff, gated, vocabulary,
