@@ -124,7 +124,9 @@ def rates(device: Accelerator, attention: str = "fused") -> Rates:
     else:
         forward, backward = coefficient(f"fused_forward_{born}"), coefficient(f"fused_backward_{born}")
     half = device.peak(product_dtype(device, "bf16"))
-    dtypes = {d: _ceiling(device, d) for d in device.peak_flops_per_s if d in ("fp32", "tf32", "fp16", "bf16", "fp8", "fp4")}
+    dtypes = {
+        d: _ceiling(device, d) for d in device.peak_flops_per_s if d in ("fp32", "tf32", "fp16", "bf16", "fp8", "fp4")
+    }
     return Rates(
         device, dtypes, forward * half, backward * half,
         device.memory_bytes_per_s * coefficient("memory_fraction"),

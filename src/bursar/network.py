@@ -155,7 +155,9 @@ def collective_seconds(links: Wires, op: str, n_bytes: Any, ranks: Any, stride: 
         local = n_bytes * (near - 1) / ranks / links.inside_bytes_per_s
         return np.where(ranks > 1, np.maximum(out, local) + fixed / 2 + hop * far, 0.0)
     passes = 2 if op == "all_reduce" else 1
-    rate = np.where(far, np.minimum(links.inside_bytes_per_s, links.between_bytes_per_s * near), links.inside_bytes_per_s)
+    rate = np.where(
+        far, np.minimum(links.inside_bytes_per_s, links.between_bytes_per_s * near), links.inside_bytes_per_s
+    )
     local = (fixed + each * near) * passes / 2
     steps = np.minimum(2 * nodes, 2 * np.ceil(np.log2(np.maximum(nodes, 1)))) if passes == 2 else nodes
     volume = passes * n_bytes * (ranks - 1) / ranks
@@ -166,4 +168,6 @@ def send_seconds(links: Wires, n_bytes: Any, stride: Any) -> Any:
     """Seconds to send ``n_bytes`` to the device ``stride`` further on."""
     near = stride < links.domain
     rate = np.where(near, links.inside_bytes_per_s, links.between_bytes_per_s)
-    return n_bytes / rate + np.where(near, coefficient("scaleup_latency_seconds") / 2, coefficient("node_latency_seconds"))
+    return n_bytes / rate + np.where(
+        near, coefficient("scaleup_latency_seconds") / 2, coefficient("node_latency_seconds")
+    )

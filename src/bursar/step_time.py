@@ -145,7 +145,10 @@ def flops(job: Job) -> Flops:
     heads = 1 + model.mtp_layers
     extra = model.mtp_layers * (m.attention + (moe if model.n_experts else m.dense) + 2 * model.d_model**2)
     layers = L * m.attention + (L - n_moe) * m.dense + n_moe * moe + extra
-    n_pairs, square = sum(kept) + model.mtp_layers * (S * S if naive else pairs(model, S)), (L + model.mtp_layers) * S * S
+    n_pairs, square = (
+        sum(kept) + model.mtp_layers * (S * S if naive else pairs(model, S)),
+        (L + model.mtp_layers) * S * S,
+    )
     if model.n_encoder_layers:  # its own attention sees all, and each decoder layer sees the encoder's output
         layers += model.n_encoder_layers * (m.attention + m.dense) + L * m.attention
         n_pairs, square = n_pairs + (model.n_encoder_layers + L) * S * S, square + (model.n_encoder_layers + L) * S * S
@@ -542,8 +545,12 @@ def _head(x: _Context) -> _Passes:
     _linear(plain, p, n, D, V / x.tp)
     logits = n * V / x.tp
     fused = x.habits.fused_loss or x.job.compiled
-    p.forward.stream(logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9)
-    p.backward.stream(logits * coefficient("loss_backward_bytes_fused" if fused else "loss_backward_bytes"), 2 if fused else 4)
+    p.forward.stream(
+        logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9
+    )
+    p.backward.stream(
+        logits * coefficient("loss_backward_bytes_fused" if fused else "loss_backward_bytes"), 2 if fused else 4
+    )
     three = collective_seconds(x.links, "all_reduce", 4 * n, x.tp)
     reduced = collective_seconds(x.links, "all_reduce", n * D * x.e, x.tp)
     p.forward.add("tp", 3 * three, np.where(x.tp > 1, 3, 0))
@@ -576,7 +583,9 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
              "reshard_after_forward", "sequence_parallel", "virtual_stages")  # fmt: skip
     values = [getattr(job if hasattr(job, k) else lay, k) for k in names]
     shape = np.broadcast_shapes(*(np.shape(v) for v in values))
-    columns = dict(zip(names, (np.broadcast_to(np.asarray(v, dtype=float), shape).ravel() for v in values), strict=True))
+    columns = dict(
+        zip(names, (np.broadcast_to(np.asarray(v, dtype=float), shape).ravel() for v in values), strict=True)
+    )
 
     priced = ("micro_batch", "tp", "cp", "sequence_parallel", "ep", "expert_tp")
     table = np.stack([columns[k] for k in priced], axis=1)
@@ -823,7 +832,9 @@ def _data_parallel(
         gather = gather - hidden + slow * hidden
     tied = np.where(
         (c["pp"] > 1) & job.model.tied_embeddings,
-        collective_seconds(links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain),
+        collective_seconds(
+            links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain
+        ),
         0.0,
     )
     return {"dp": np.where(stage >= 3, 0.0, reduce + gather + tied)}
