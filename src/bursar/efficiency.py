@@ -89,14 +89,29 @@ def _ceiling(device: Accelerator, dtype: str) -> float:
         measured = device.measured_matmul_flops_per_s.get("bf16")  # the same units at the same rate
     k_loop = coefficient("matmul_k_loop")
     best = 1 + k_loop / 5120  # the best shapes have K of some thousands
-    if measured is not None:
-        return measured * best
     if dtype == "fp32":
         return device.peak("fp32") * coefficient("matmul_ceiling_vector")
+    best *= sustained(device)
+    if measured is not None:
+        return measured * best
     known = device.measured_matmul_flops_per_s.get("fp8") or device.measured_matmul_flops_per_s.get("bf16")
     like = "fp8" if "fp8" in device.measured_matmul_flops_per_s else "bf16"
     share = known / device.peak(like) if known else coefficient(f"matmul_ceiling_{_maker(device)}")
     return device.peak(dtype) * share * best
+
+
+# Watts of the part whose products were measured: what another of its generation reaches goes with its power limit.
+_REFERENCE_WATTS = {"h100": 700, "h800": 700, "a100": 400, "a800": 400}
+
+
+def sustained(device: Accelerator) -> float:
+    """What a long run keeps of the best published product, at the device's power limit."""
+    share = coefficient(f"matmul_sustained_{generation(device)}")
+    reference = _REFERENCE_WATTS.get(device.name.split("-")[0])
+    if device.tdp_watts and reference and not device.measured_matmul_flops_per_s:
+        static = coefficient("power_static") * reference
+        share *= min((device.tdp_watts - static) / (reference - static), 1.0) ** coefficient("power_exponent")
+    return share
 
 
 def _maker(device: Accelerator) -> str:
@@ -124,7 +139,9 @@ def rates(device: Accelerator, attention: str = "fused") -> Rates:
     else:
         forward, backward = coefficient(f"fused_forward_{born}"), coefficient(f"fused_backward_{born}")
     half = device.peak(product_dtype(device, "bf16"))
-    dtypes = {d: _ceiling(device, d) for d in device.peak_flops_per_s if d in ("fp32", "tf32", "fp16", "bf16", "fp8", "fp4")}
+    dtypes = {
+        d: _ceiling(device, d) for d in device.peak_flops_per_s if d in ("fp32", "tf32", "fp16", "bf16", "fp8", "fp4")
+    }
     return Rates(
         device, dtypes, forward * half, backward * half,
         device.memory_bytes_per_s * coefficient("memory_fraction"),

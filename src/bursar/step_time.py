@@ -25,7 +25,7 @@ from bursar.efficiency import (
 from bursar.frameworks import Framework, framework
 from bursar.hardware import Cluster
 from bursar.jobs import Decoder, Job
-from bursar.network import Wires, collective_seconds, send_seconds, wires
+from bursar.network import Wires, collective_seconds, dispatch_seconds, send_seconds, wires
 from bursar.schedule import bubble_seconds, layers_of_stages
 
 Array = Any  # floats, one per layout, or one for all
@@ -145,7 +145,10 @@ def flops(job: Job) -> Flops:
     heads = 1 + model.mtp_layers
     extra = model.mtp_layers * (m.attention + (moe if model.n_experts else m.dense) + 2 * model.d_model**2)
     layers = L * m.attention + (L - n_moe) * m.dense + n_moe * moe + extra
-    n_pairs, square = sum(kept) + model.mtp_layers * (S * S if naive else pairs(model, S)), (L + model.mtp_layers) * S * S
+    n_pairs, square = (
+        sum(kept) + model.mtp_layers * (S * S if naive else pairs(model, S)),
+        (L + model.mtp_layers) * S * S,
+    )
     if model.n_encoder_layers:  # its own attention sees all, and each decoder layer sees the encoder's output
         layers += model.n_encoder_layers * (m.attention + m.dense) + L * m.attention
         n_pairs, square = n_pairs + (model.n_encoder_layers + L) * S * S, square + (model.n_encoder_layers + L) * S * S
@@ -202,8 +205,10 @@ class _Pass:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
         self.kernels = self.kernels + kernels
 
-    def product(self, dtype: str, M: Array, N: Array, K: Array, groups: Array = 1, out: float = 2.0) -> None:
-        self.add("compute", matmul_seconds(self.rates, dtype, M, N, K, groups, out), 1)
+    def product(
+        self, dtype: str, M: Array, N: Array, K: Array, groups: Array = 1, out: float = 2.0, launches: Array = 1
+    ) -> None:
+        self.add("compute", matmul_seconds(self.rates, dtype, M, N, K, groups, out), launches)
 
     def stream(self, n_bytes: Array, kernels: Array = 1) -> None:
         self.add("memory_bound", stream_seconds(self.rates, n_bytes, kernels), kernels)
@@ -285,11 +290,13 @@ def _new(x: _Context) -> _Passes:
 def _linear(x: _Context, p: _Passes, M: Array, K: Array, N: Array, groups: Array = 1, bias: bool = False) -> None:
     """(M, K) @ (K, N) and its two gradients. In 8 or 4 bits, operands are cast first: read once, written both ways."""
     out = float(x.e)
-    p.forward.product(x.dtype, M, N, K, groups, out)
-    p.backward.product(x.dtype, M, K, N, groups, out)
-    p.backward.product(x.dtype, K, N, M, groups, x.accumulate)
+    # a group of products is one library call after another: each costs the host a launch, not a module's ops
+    launches = 1 + (groups - 1) / coefficient("host_ops_per_kernel")
+    p.forward.product(x.dtype, M, N, K, groups, out, launches)
+    p.backward.product(x.dtype, M, K, N, groups, out, launches)
+    p.backward.product(x.dtype, K, N, M, groups, x.accumulate, launches)
     if x.dtype in ("fp8", "fp4"):
-        cast = coefficient("cast_bytes")
+        cast = coefficient("cast_bytes_blocks" if x.job.precision in ("mxfp8", "nvfp4") else "cast_bytes")
         p.forward.stream(cast * groups * M * K, 0 if x.fused else 1)
         p.backward.stream(cast * groups * M * N, 1)
     if bias:
@@ -446,7 +453,7 @@ def _mixture(x: _Context, p: _Passes) -> None:
     sent = own * k * D * e
     p.forward.stream(2 * (own + own * k) * D * e + 2 * sent, 4)  # permuted, and put back with their weights
     p.backward.stream(2 * (own + own * k) * D * e + 3 * sent, 5)
-    move = collective_seconds(x.links, "all_to_all", sent, x.ep)
+    move = dispatch_seconds(x.links, own * D * e, x.ep, k)
     shown = 0.2 if "ep_overlap" in x.job.flags else 1.0
     p.forward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     p.backward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
@@ -542,8 +549,12 @@ def _head(x: _Context) -> _Passes:
     _linear(plain, p, n, D, V / x.tp)
     logits = n * V / x.tp
     fused = x.habits.fused_loss or x.job.compiled
-    p.forward.stream(logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9)
-    p.backward.stream(logits * coefficient("loss_backward_bytes_fused" if fused else "loss_backward_bytes"), 2 if fused else 4)
+    p.forward.stream(
+        logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9
+    )
+    p.backward.stream(
+        logits * coefficient("loss_backward_bytes_fused" if fused else "loss_backward_bytes"), 2 if fused else 4
+    )
     three = collective_seconds(x.links, "all_reduce", 4 * n, x.tp)
     reduced = collective_seconds(x.links, "all_reduce", n * D * x.e, x.tp)
     p.forward.add("tp", 3 * three, np.where(x.tp > 1, 3, 0))
@@ -576,7 +587,9 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
              "reshard_after_forward", "sequence_parallel", "virtual_stages")  # fmt: skip
     values = [getattr(job if hasattr(job, k) else lay, k) for k in names]
     shape = np.broadcast_shapes(*(np.shape(v) for v in values))
-    columns = dict(zip(names, (np.broadcast_to(np.asarray(v, dtype=float), shape).ravel() for v in values), strict=True))
+    columns = dict(
+        zip(names, (np.broadcast_to(np.asarray(v, dtype=float), shape).ravel() for v in values), strict=True)
+    )
 
     priced = ("micro_batch", "tp", "cp", "sequence_parallel", "ep", "expert_tp")
     table = np.stack([columns[k] for k in priced], axis=1)
@@ -591,7 +604,12 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     model = job.model
     host = _host_seconds(job, habits)
     block = _mean_block(x)
-    layer = {k: _with_host(p, host) for k, p in (("F", block.forward), ("B", block.backward), ("R", block.again))}
+    saves = coefficient("host_checkpoint_seconds") if job.recompute == "full" else 0.0
+    layer = {
+        "F": _with_host(block.forward, host, saves),
+        "B": _with_host(block.backward, host),
+        "R": _with_host(block.again, host, saves),
+    }
     first, last = (_Passes_total(p, host) for p in (_embedding(x), _head(x)))
     spread = lambda parts: {k: np.broadcast_to(v, few.shape[:1])[where] for k, v in parts.items()}  # noqa: E731
     F, B, R = (spread(layer[k]) for k in "FBR")
@@ -687,9 +705,9 @@ def _scale(parts: Mapping[str, Array], by: Array) -> dict[str, Array]:
     return {k: v * by for k, v in parts.items()}
 
 
-def _with_host(p: _Pass, host: float) -> dict[str, Array]:
+def _with_host(p: _Pass, host: float, fixed: float = 0.0) -> dict[str, Array]:
     """Seconds by part; what the host takes beyond the device is overhead."""
-    return {**p.seconds, "overhead": np.maximum(host * p.kernels - p.total, 0.0)}
+    return {**p.seconds, "overhead": np.maximum(host * p.kernels + fixed - p.total, 0.0)}
 
 
 def _Passes_total(p: _Passes, host: float) -> dict[str, Array]:
@@ -699,7 +717,9 @@ def _Passes_total(p: _Passes, host: float) -> dict[str, Array]:
 def _host_seconds(job: Job, habits: Framework) -> float:
     if job.flags.get("cuda_graph"):
         return coefficient("host_seconds_graph")
-    return coefficient("host_seconds_compiled" if job.compiled or habits.name == "llm.c" else "host_seconds_eager")
+    if job.compiled or habits.name == "llm.c":
+        return coefficient("host_seconds_compiled")
+    return coefficient("host_seconds_eager") * coefficient("host_ops_per_kernel")
 
 
 def _mean_block(x: _Context) -> _Passes:
@@ -823,7 +843,9 @@ def _data_parallel(
         gather = gather - hidden + slow * hidden
     tied = np.where(
         (c["pp"] > 1) & job.model.tied_embeddings,
-        collective_seconds(links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain),
+        collective_seconds(
+            links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain
+        ),
         0.0,
     )
     return {"dp": np.where(stage >= 3, 0.0, reduce + gather + tied)}
