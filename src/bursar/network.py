@@ -169,16 +169,17 @@ def send_seconds(links: Wires, n_bytes: Any, stride: Any) -> Any:
     )
 
 
-def dispatch_seconds(links: Wires, n_bytes: Any, ranks: Any, copies: int) -> Any:
+def dispatch_seconds(links: Wires, n_bytes: Any, ranks: Any, copies: int, once: bool = True) -> Any:
     """Seconds to send a rank's tokens, ``n_bytes``, to ``copies`` experts each, spread evenly over ``ranks`` devices.
 
-    A token crosses the network once per domain that wants it, and is handed on inside (DeepSeek-AI 2024, 3.2.2): of d
+    With ``once`` a token crosses the network once per domain that wants it, and is handed on inside (DeepSeek-AI 2024, 3.2.2): of d
     domains, copies drawn at random hit d(1 - (1 - 1/d)^copies).
     """
     near = inside(links, ranks, 1)
     domains = np.ceil(ranks / near)
-    hit = domains * (1 - (1 - 1 / domains) ** copies)
+    hit = domains * (1 - (1 - 1 / domains) ** copies) if once else copies
     out = n_bytes * hit * (domains - 1) / domains / links.between_bytes_per_s
-    local = n_bytes * copies * (near - 1) / near / links.inside_bytes_per_s
+    slower = coefficient("exchange_fraction") / coefficient("scaleup_fraction")
+    local = n_bytes * copies * (near - 1) / near / (links.inside_bytes_per_s * slower)
     fixed = coefficient("scaleup_latency_seconds") / 2 + np.where(domains > 1, coefficient("node_latency_seconds"), 0.0)
     return np.where(ranks > 1, np.maximum(out, local) + fixed, 0.0)
