@@ -156,6 +156,7 @@ def _memory(s: Subject) -> Section:
         "memory",
         "Memory over the step",
         tag("p", _peak_words(ledger)),
+        legend((f"c-{c}", c.replace("_", " ")) for c in plots.STACK if any(m.live[CLASSES.index(c)] for m in course.moments)),
         figure("timeline", [("", pictures[0], pictures[1])], caption, walk="Walk through the step", said=said,
                start=course.peak),
         _classes(ledger),
@@ -201,7 +202,7 @@ def _classes(ledger: Ledger) -> Markup:
     foot = [Cell("all"), _amount(memory.peak_bytes), _share(1.0, bar=False), _amount(between)]
     columns = (Column("class", number=False), Column("at the peak"), Column("share"), Column("between steps"))
     return table("classes", "The seven classes partition the live bytes; those that are empty are left out", columns, rows,
-                 foot=foot, sort=False)  # fmt: skip
+                 foot=foot, sort=False, snug=True)  # fmt: skip
 
 
 def _held(ledger: Ledger) -> Markup:
@@ -309,7 +310,7 @@ def _time(ledger: Ledger, forecast: Forecast) -> Section:
         "time",
         "Time",
         table("times", f"One step on {_on(forecast)}",
-              (Column("", number=False), Column(""), Column("", number=False)), rows, sort=False),
+              (Column("", number=False), Column(""), Column("", number=False)), rows, sort=False, snug=True),
         tag("h3", "What binds it"),
         tag("div", tag("div", bars[0], class_="wide"), tag("div", bars[1], class_="narrow")),
         legend((class_, words) for class_, value, words in parts if value > 0),
@@ -327,7 +328,7 @@ def _ops(ops: Sequence[figures.Ops]) -> Markup:
     rows = [
         [
             Cell(o.op.removeprefix("aten."), o.op),
-            o.module or "(outside modules)",
+            plots.place_of(o),
             Cell(o.phase),
             Cell(o.dtype),
             Cell(f"{o.calls:,}", o.calls),
@@ -348,7 +349,7 @@ def _ops(ops: Sequence[figures.Ops]) -> Markup:
         foot = [f"{len(rest)} shorter", "", "", "", Cell(f"{sum(o.calls for o in rest):,}"), "", "", _seconds(time),
                 _share(time / whole, bar=False)]  # fmt: skip
     columns = (
-        Column("op", number=False), Column("module", number=False), Column("phase", number=False, minor=True),
+        Column("op", number=False), Column("module", number=False, name=True), Column("phase", number=False, minor=True),
         Column("dtype", number=False, minor=True), Column("calls", minor=True), Column("FLOP/B", minor=True),
         Column("bound by", number=False, minor=True), Column("roofline time"), Column("share"),
     )  # fmt: skip
@@ -501,7 +502,7 @@ def _kinds(s: Subject) -> Section:
         "kinds",
         "Kinds and phases",
         table("kind-table", "Every op of the step by kind", columns, rows),
-        table("phase-table", f"FLOPs by phase: {kind_of}", (Column("phase", number=False), Column("FLOPs")), phase_rows),
+        table("phase-table", f"FLOPs by phase: {kind_of}", (Column("phase", number=False), Column("FLOPs")), phase_rows, snug=True),
         tag("p", beside + attention),
     )  # fmt: skip
 

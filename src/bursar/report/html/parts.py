@@ -15,9 +15,10 @@ CELLS = 400  # rows of one table; what is beyond stands in one more, so that a p
 class Column:
     """A table's column: numbers stand to the right, and a minor one is left out where there is no room."""
 
-    name: str
+    title: str
     number: bool = True
     minor: bool = False
+    name: bool = False  # may be as long as a model's author likes, and breaks anywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,13 @@ def table(
     foot: Sequence[Cell | str] | None = None,
     sort: bool = True,
     search: str = "",
+    snug: bool = False,
 ) -> Markup:
-    """A table that ``report.js`` sorts by its columns and searches; ``search`` is the label of the field for that."""
-    head = tag("tr", *(tag("th", c.name, scope="col", class_=_class(c)) for c in columns))
+    """A table that ``report.js`` sorts by its columns and searches; ``search`` is the label of the field for that.
+
+    A ``snug`` one is as wide as what it holds.
+    """
+    head = tag("tr", *(tag("th", c.title, scope="col", class_=_class(c)) for c in columns))
     body = [tag("tr", *_cells(columns, row)) for row in rows]
     made = tag(
         "table",
@@ -60,6 +65,7 @@ def table(
         tag("tbody", *body),
         tag("tfoot", tag("tr", *_cells(columns, foot))) if foot is not None else None,
         id=id_,
+        class_="snug" if snug else None,
         data_sort="" if sort and len(rows) > 1 else None,
     )
     field = (
@@ -75,11 +81,12 @@ def table(
         else None
     )
     # it scrolls sideways on a phone: who has no pointer must reach it
-    return join((field, tag("div", made, class_="scroll", role="region", aria_label=caption, tabindex="0")))
+    tall = "scroll tall" if len(rows) > 16 else "scroll"
+    return join((field, tag("div", made, class_=tall, role="region", aria_label=caption, tabindex="0")))
 
 
 def _class(column: Column) -> str | None:
-    return " ".join(n for n, on in (("n", column.number), ("minor", column.minor)) if on) or None
+    return " ".join(n for n, on in (("n", column.number), ("minor", column.minor), ("name", column.name)) if on) or None
 
 
 def _cells(columns: Sequence[Column], row: Sequence[Cell | str]) -> Iterable[Markup]:

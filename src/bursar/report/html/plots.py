@@ -238,7 +238,7 @@ def treemap(
         if not alone and frame.height > 46 and frame.width > 50:
             total = math.fsum(c.value for c in inside)
             headers.append(_label(frame.x + 2, frame.y + 13, frame.width - 4,
-                                  (f"{group}  {format_share(total / whole)}", group), "group"))  # fmt: skip
+                                  (f"{group} · {format_share(total / whole)}", group), "group"))  # fmt: skip
             frame = frame.inset(0, 19)
         tone = "t-optimizer" if group == "optimizer step" else "t-outside" if group.startswith("(") else "t-module"
         for cell, place in zip(inside, squarify([c.value for c in inside], frame), strict=True):
@@ -284,7 +284,7 @@ def _cell(cell: Cell, box: Box, tone: str, write: Callable[[float], str], whole:
         words.append(_label(box.x + 5, box.y + 14, box.width - 8, names, "name"))
         if box.height > 34:
             words.append(
-                _label(box.x + 5, box.y + 29, box.width - 8, (f"{write(cell.value)}  {share}", share), "value")
+                _label(box.x + 5, box.y + 29, box.width - 8, (f"{write(cell.value)} · {share}", share), "value")
             )
     return tag("g", tag("title", said), rect, *words, class_=f"mark {tone}", data_m="")
 
@@ -339,23 +339,25 @@ def roofline(
                        else _power(power), "tick", "end")]  # fmt: skip
     grid += [_text(frame.x + frame.width, frame.y + frame.height + 36, "FLOP per byte moved", "tick", "end"),
              _text(2, frame.y + frame.height + 36, "FLOP/s, upwards", "tick")]  # fmt: skip
-    roofs = []
+    roofs, taken = [], list[Box]()
     for dtype, peak in used.items():
         bend = peak / bytes_per_s
         path = (f"M{x(10.0**low_x):.1f} {y(bytes_per_s * 10.0**low_x):.1f}L{x(bend):.1f} {y(peak):.1f}"
                 f"H{frame.x + frame.width:.1f}")  # fmt: skip
-        roofs += [tag("path", d=path, class_="roof"),
-                  _text(frame.x + frame.width - 4, y(peak) - 6, f"{dtype} {format_rate(peak, 'FLOP')}", "halo", "end")]  # fmt: skip
+        words = f"{dtype} {format_rate(peak, 'FLOP')}"
+        right, wide = frame.x + frame.width - 4, _wide(words, 12)
+        taken.append(Box(right - wide, y(peak) - 18, wide, 16))
+        roofs += [tag("path", d=path, class_="roof"), _text(right, y(peak) - 6, words, "halo", "end")]
     whole = math.fsum(o.roofline_seconds for o in ops) or 1.0
-    largest = (width / 32) ** 2
-    marks, names, taken = [], [], list[Box]()
+    largest = (width / 18) ** 2
+    marks, names = [], list[Markup]()
     for o, rate in zip(drawn, reached, strict=True):
         share = o.roofline_seconds / whole
         r = max(2.5, math.sqrt(largest * share))
         place = (x(o.intensity), y(rate))
-        said = (f"{o.op} ({o.kind}, {o.phase}) in {o.module or '(outside modules)'}: {o.calls} calls, "
+        said = (f"{o.op} ({o.kind}, {o.phase}) in {place_of(o)}: {o.calls:,} call{'' if o.calls == 1 else 's'}, "
                 f"{format_seconds(o.roofline_seconds)}, {format_share(share)} of the roofline time, bound by {o.bound}; "
-                f"{o.intensity:.3g} FLOP/B, {format_flops(o.flops)}, {format_bytes(o.moved_bytes)}")  # fmt: skip
+                f"{ratio(o.intensity)} FLOP/B, {format_flops(o.flops)}, {format_bytes(o.moved_bytes)}")  # fmt: skip
         marks.append(tag("circle", tag("title", said), cx=place[0], cy=place[1], r=r, data_m="",
                          class_=f"mark k-{_GROUPS.get(o.kind, 'vector')}"))  # fmt: skip
         if len(names) < 5 and share > 0.02:
@@ -368,7 +370,8 @@ def roofline(
 
 def _named(o: Ops, place: tuple[float, float], r: float, frame: Box, taken: list[Box]) -> list[Markup]:
     """The op's name beside its mark, where no other name stands."""
-    words = f"{(o.module.rpartition('.')[2] if o.module else '') or o.op.removeprefix('aten.')} {o.phase}"
+    last = o.module.rpartition(".")[2]
+    words = f"{(o.module if last == '*' else last) or o.op.removeprefix('aten.')} {o.phase}"
     wide = _wide(words, 12)
     for x, anchor in ((place[0] - r - 5 - wide, "end"), (place[0] + r + 5, "start")):
         for dy in (4, 20, -12):
@@ -378,6 +381,20 @@ def _named(o: Ops, place: tuple[float, float], r: float, frame: Box, taken: list
                 taken.append(box)
                 return [_text(x + wide if anchor == "end" else x, place[1] + dy, words, "halo name", anchor)]
     return []
+
+
+def place_of(o: Ops) -> str:
+    """The module of ops alike, or what stands for one."""
+    return o.module or ("optimizer step" if o.phase == "optimizer" else "(outside modules)")
+
+
+def ratio(x: float) -> str:
+    """A plain number to about three digits.
+
+    >>> ratio(2489.6), ratio(0.3333)
+    ('2,490', '0.333')
+    """
+    return f"{float(f'{x:.3g}'):,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _touch(a: Box, b: Box) -> bool:
