@@ -79,7 +79,7 @@ def check(path: Path) -> None:
 
 
 def write(form: str, ledger: Ledger, forecast: Forecast | None, path: Path, **more: Any) -> None:
-    """``ledger``'s step at ``path`` in one of FORMS; ``more`` goes to the HTML page. Raises BadInput where it cannot be."""
+    """``ledger``'s step at ``path`` in one of FORMS; ``more`` goes to the HTML page. BadInput if it cannot be."""
     check(path)
     try:
         FORMS[form][1](ledger, forecast, path, more if form == "html" else {})
@@ -98,8 +98,20 @@ def form_of(path: Path) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
 
-_COLUMNS = ("seq", "phase", "kind", "op", "module", "dtype", "flops", "recompute_flops", "read_bytes", "written_bytes",
-            "allocated_bytes", "shapes")  # fmt: skip
+_COLUMNS = (
+    "seq",
+    "phase",
+    "kind",
+    "op",
+    "module",
+    "dtype",
+    "flops",
+    "recompute_flops",
+    "read_bytes",
+    "written_bytes",
+    "allocated_bytes",
+    "shapes",
+)
 
 
 def table(ledger: Ledger) -> str:
@@ -115,9 +127,20 @@ def _rows(ledger: Ledger) -> Iterator[list[str | int]]:
     for i, row in enumerate(ledger.recorded):
         work = row.work
         known = row.kind != "uncounted"
-        yield [i, cell(row.phase), cell(row.kind), cell(row.op), cell(row.module), cell(row.dtype), work.flops if known else "",
-               work.recompute_flops if known else "", work.read_bytes, work.written_bytes, row.allocated_bytes,
-               " ".join("x".join(map(str, s)) or "scalar" for s in row.shapes)]  # fmt: skip
+        yield [
+            i,
+            cell(row.phase),
+            cell(row.kind),
+            cell(row.op),
+            cell(row.module),
+            cell(row.dtype),
+            work.flops if known else "",
+            work.recompute_flops if known else "",
+            work.read_bytes,
+            work.written_bytes,
+            row.allocated_bytes,
+            " ".join("x".join(map(str, s)) or "scalar" for s in row.shapes),
+        ]
 
 
 def cell(text: str) -> str:

@@ -22,7 +22,7 @@ _NS_OF_AN_OP = 1000  # without a device every op is as wide as the next
 def trace(ledger: Ledger, forecast: Forecast | None = None) -> dict[str, Any]:
     """The trace as an object of strict JSON. Times are microseconds from the step's start, to the nanosecond.
 
-    With ``forecast`` each op takes its share of the forecast; without one it is one microsecond wide, and the trace says so.
+    With ``forecast`` each op takes its share of it; without one an op is a microsecond wide, and the trace says so.
     """
     rows = ledger.recorded
     if forecast is None:
@@ -36,8 +36,11 @@ def trace(ledger: Ledger, forecast: Forecast | None = None) -> dict[str, Any]:
     if wait:  # gradients are reduced while backward runs; the optimizer waits for what is left
         edges = [at + (wait if i >= first else 0) for i, at in enumerate(edges)]
     name = f"bursar: {ledger.model.name or 'a step'}, {where}"
-    events = [_meta("process_name", 0, printable(name, keep="")), _meta("thread_name", PHASES, "phases"),
-              _meta("thread_name", COMPUTE, "compute stream")]  # fmt: skip
+    events = [
+        _meta("process_name", 0, printable(name, keep="")),
+        _meta("thread_name", PHASES, "phases"),
+        _meta("thread_name", COMPUTE, "compute stream"),
+    ]
     if wait:
         events.append(_meta("thread_name", NETWORK, "network, what backward does not hide"))
         sent = {f"{c.op} bytes per rank": c.bytes for c in forecast.collectives} if forecast else {}
@@ -76,8 +79,16 @@ def _meta(what: str, thread: int, name: str) -> dict[str, Any]:
 
 
 def _slice(name: str, category: str, thread: int, begin: int, end: int, args: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "cat": category, "ph": "X", "pid": 1, "tid": thread, "ts": begin / 1000,
-            "dur": (end - begin) / 1000, "args": args}  # fmt: skip
+    return {
+        "name": name,
+        "cat": category,
+        "ph": "X",
+        "pid": 1,
+        "tid": thread,
+        "ts": begin / 1000,
+        "dur": (end - begin) / 1000,
+        "args": args,
+    }
 
 
 def _ops(

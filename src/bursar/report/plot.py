@@ -25,14 +25,18 @@ def svg(ledger: Ledger, forecast: Forecast | None = None) -> str:
     """The memory timeline with its legend, as a file: light or dark as the viewer is."""
     course = _course(ledger, forecast)
     wide, high = 952.0, 330.0
-    drawn = plots.timeline(course, "timeline", width=wide, height=high,
-                           capacity=forecast.usable_bytes if forecast is not None else None)  # fmt: skip
+    drawn = plots.timeline(
+        course, "timeline", width=wide, height=high, capacity=forecast.usable_bytes if forecast is not None else None
+    )
     there = [c for c in plots.STACK if any(m.live[CLASSES.index(c)] for m in course.moments)]
     legend = [
-        tag("g", tag("rect", x=58 + 125 * i, y=high + 8, width=10, height=10, class_=f"c-{c}"),
-            tag("text", c.replace("_", " "), x=74 + 125 * i, y=high + 17))
+        tag(
+            "g",
+            tag("rect", x=58 + 125 * i, y=high + 8, width=10, height=10, class_=f"c-{c}"),
+            tag("text", c.replace("_", " "), x=74 + 125 * i, y=high + 17),
+        )
         for i, c in enumerate(there)
-    ]  # fmt: skip
+    ]
     page = tag("rect", width=wide, height=high + 28, class_="page")
     body = drawn.removesuffix("</svg>").replace(
         f'viewBox="0 0 {wide:g} {high:g}"', f'viewBox="0 0 {wide:g} {high + 28:g}"'
@@ -62,11 +66,22 @@ def png(ledger: Ledger, forecast: Forecast | None, path: Path) -> None:
     x = [m.at * (course.ops if course.seconds is None else scale) for m in course.moments]
     there = [c for c in plots.STACK if any(m.live[CLASSES.index(c)] for m in course.moments)]
     palette = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", asset("style.css").partition("@media")[0]))
-    axes.stackplot(x, [[m.live[CLASSES.index(c)] / 1e9 for m in course.moments] for c in there], step="post",
-                   labels=[c.replace("_", " ") for c in there], colors=[palette[c] for c in there])  # fmt: skip
+    axes.stackplot(
+        x,
+        [[m.live[CLASSES.index(c)] / 1e9 for m in course.moments] for c in there],
+        step="post",
+        labels=[c.replace("_", " ") for c in there],
+        colors=[palette[c] for c in there],
+    )
     peak = course.moments[course.peak]
-    axes.annotate(f"peak {format_bytes(peak.total)}", (x[course.peak], peak.total / 1e9), (0, 6),
-                  textcoords="offset points", ha="center", weight="bold")  # fmt: skip
+    axes.annotate(
+        f"peak {format_bytes(peak.total)}",
+        (x[course.peak], peak.total / 1e9),
+        (0, 6),
+        textcoords="offset points",
+        ha="center",
+        weight="bold",
+    )
     axes.plot([x[course.peak]], [peak.total / 1e9], "o", color="black", markersize=4)
     axes.set(xlabel=unit, ylabel="live GB", xlim=(0, max(x) or 1), ylim=(0, peak.total / 1e9 * 1.15))
     # a name may hold what matplotlib takes for mathematics

@@ -1,8 +1,8 @@
 """A step's memory as torch's own viewer reads it: the pickle that pytorch.org/memory_viz takes. Written, never read.
 
 The layout is that of ``torch.cuda.memory._snapshot()`` (torch/cuda/memory.py, "Snapshot"), with the categories that
-``torch/utils/viz/MemoryViz.js`` colours by. Its reader is a small unpickler in JavaScript that knows protocols 2 to 4 and
-few opcodes: plain lists, dicts, strings and ints are within them.
+``torch/utils/viz/MemoryViz.js`` colours by. Its reader is a small unpickler in JavaScript that knows protocols 2 to 4
+and few opcodes: plain lists, dicts, strings and ints are within them.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ def snapshot(ledger: Ledger, forecast: Forecast | None = None) -> dict[str, Any]
             trace.append({**entry, "action": "alloc", "size": n, "category": category})
         else:
             _, asked, made = live.pop(address)
-            trace += ({**entry, "action": action, "size": asked, "frames": made, "category": category}
-                      for action in ("free_requested", "free_completed"))  # fmt: skip
+            trace += (
+                {**entry, "action": action, "size": asked, "frames": made, "category": category}
+                for action in ("free_requested", "free_completed")
+            )
     # the viewer fails on a trace with categories in which none is "unknown" (it misspells its own list)
     trace.append(
         {
@@ -90,8 +92,10 @@ def _frames(ledger: Ledger, storage: int, row: int) -> list[dict[str, Any]]:
     made = ledger.storages[storage]
     line = max(0, made.row - ledger.first_row)
     where = printable(made.module or made.name or "(outside modules)", keep="")
-    return [{"filename": where, "line": line, "name": made.op or "made before the step"},
-            {"filename": "phase", "line": line, "name": made.phase}]  # fmt: skip
+    return [
+        {"filename": where, "line": line, "name": made.op or "made before the step"},
+        {"filename": "phase", "line": line, "name": made.phase},
+    ]
 
 
 def _category(ledger: Ledger, storage: int) -> str:
@@ -99,9 +103,20 @@ def _category(ledger: Ledger, storage: int) -> str:
 
 
 def _segment(address: int, n_bytes: int) -> dict[str, Any]:
-    return {"device": 0, "address": address, "total_size": n_bytes, "stream": 0, "segment_pool_id": (0, 0),
-            "segment_type": "small" if n_bytes <= 2 * allocator.SMALL_BYTES else "large", "is_expandable": False, "frames": [],
-            "allocated_size": 0, "active_size": 0, "requested_size": 0, "blocks": []}  # fmt: skip
+    return {
+        "device": 0,
+        "address": address,
+        "total_size": n_bytes,
+        "stream": 0,
+        "segment_pool_id": (0, 0),
+        "segment_type": "small" if n_bytes <= 2 * allocator.SMALL_BYTES else "large",
+        "is_expandable": False,
+        "frames": [],
+        "allocated_size": 0,
+        "active_size": 0,
+        "requested_size": 0,
+        "blocks": [],
+    }
 
 
 def _fill(segment: dict[str, Any], live: dict[int, tuple[int, int, list[dict[str, Any]]]]) -> None:

@@ -23,9 +23,10 @@ from bursar.units import format_bytes, format_count, format_flops, format_second
 _COLUMNS = 180
 _MODULES = 8
 _LOOKS = """
-.bursar { color: inherit; font-size: 13px; line-height: 1.5; max-width: 720px; --ink: currentColor; --page: transparent; }
+.bursar { color: inherit; font-size: 13px; line-height: 1.5; max-width: 720px; --ink: currentColor;
+  --page: transparent; }
 .bursar table.bursar-table { border-collapse: collapse; margin: 6px 0 10px; font-variant-numeric: tabular-nums; }
-.bursar caption { text-align: left; font-weight: 600; padding: 0 0 2px; color: inherit; }
+.bursar caption { text-align: left; white-space: nowrap; font-weight: 600; padding: 0 0 2px; color: inherit; }
 .bursar .bursar-table th, .bursar .bursar-table td { text-align: right; padding: 2px 14px 2px 0; background: none;
   border: 0; border-bottom: 1px solid var(--rule); font-weight: 400; }
 .bursar .bursar-table :is(th, td):first-child { text-align: left; }
@@ -41,7 +42,8 @@ def _rules(css: str) -> str:
     drawing = css[css.index("svg text {") : css.index("@media (max-width")]
     scoped = re.sub(r"(?m)(^|(?<=\} )|(?<=, ))(?=[.\w\[])(?=[^{}]*\{)", ".bursar ", drawing.strip())
     themes = "body[data-jp-theme-light=false] .bursar, .vscode-dark .bursar"
-    whole = f".bursar {{{light}}} @media (prefers-color-scheme: dark) {{ .bursar {{{dark}}} }} {themes} {{{dark}}} {scoped} {_LOOKS}"
+    night = f"@media (prefers-color-scheme: dark) {{ .bursar {{{dark}}} }} {themes} {{{dark}}}"
+    whole = f".bursar {{{light}}} {night} {scoped} {_LOOKS}"
     return re.sub(r"\s+", " ", whole.replace("color-scheme: light dark;", ""))
 
 
@@ -74,13 +76,17 @@ def ledger(step: Ledger) -> str:
     """A step's headline, its memory over time and what its largest modules cost."""
     flops, memory, model = step.flops, step.memory, step.model
     least = "at least " if flops.uncounted else ""
-    size = f"{format_count(model.parameters)} parameters, {step.step.samples:,} samples, {step.step.tokens:,} tokens"
+    size = f"{format_count(model.parameters)} parameters, {step.step.tokens:,} tokens a step"
     title = f"{model.name or 'A training step'}: {size}"
-    head = table(title, (), [
-        ("peak memory", tag("span", format_bytes(memory.peak_bytes), data_peak_bytes=memory.peak_bytes)),
-        ("model FLOPs", least + format_flops(flops.model)),
-        ("hardware FLOPs", least + format_flops(flops.hardware)),
-    ])  # fmt: skip
+    head = table(
+        title,
+        (),
+        [
+            ("peak memory", tag("span", format_bytes(memory.peak_bytes), data_peak_bytes=memory.peak_bytes)),
+            ("model FLOPs", least + format_flops(flops.model)),
+            ("hardware FLOPs", least + format_flops(flops.hardware)),
+        ],
+    )
     if not step.recorded:
         return _framed(head)
     course = figures.course(step, None, _COLUMNS)
@@ -95,11 +101,15 @@ def ledger(step: Ledger) -> str:
         "By module, those alike together: the largest",
         ("module", "FLOPs", "bytes moved", "at the peak"),
         [
-            (label(m.module, m.copies), format_flops(m.copies * m.flops), format_bytes(m.copies * m.bytes_moved),
-             format_bytes(m.copies * m.bytes_at_peak))
+            (
+                label(m.module, m.copies),
+                format_flops(m.copies * m.flops),
+                format_bytes(m.copies * m.bytes_moved),
+                format_bytes(m.copies * m.bytes_at_peak),
+            )
             for m in found[:_MODULES]
         ],
-    )  # fmt: skip
+    )
     return _framed(head, drawn, legend, modules)
 
 
@@ -111,8 +121,15 @@ def forecast(priced: Forecast) -> str:
         ("expected", format_seconds(priced.seconds), f"{interval}, {priced.basis}"),
         ("roofline bound", format_seconds(priced.roofline_seconds), ""),
         ("MFU", format_share(priced.mfu), f"HFU {format_share(priced.hfu)}"),
-        *((f"bound by {k}", format_seconds(v), format_share(v / priced.seconds)) for k, v in priced.bound_by.items() if v),
-        ("memory", "fits" if priced.fits else "does not fit",
-         f"{format_bytes(priced.peak_bytes)} of {format_bytes(priced.usable_bytes)} usable"),
-    ]  # fmt: skip
+        *(
+            (f"bound by {k}", format_seconds(v), format_share(v / priced.seconds))
+            for k, v in priced.bound_by.items()
+            if v
+        ),
+        (
+            "memory",
+            "fits" if priced.fits else "does not fit",
+            f"{format_bytes(priced.peak_bytes)} of {format_bytes(priced.usable_bytes)} usable",
+        ),
+    ]
     return show(f"One step on {cluster.count} × {cluster.accelerator.title}", (), rows)

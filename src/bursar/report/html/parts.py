@@ -29,6 +29,9 @@ class Cell:
     value: float | int | str | None = None
 
 
+Row = Sequence[Cell | str]
+
+
 def headline(figures: Iterable[tuple[str, object, object, dict[str, object]]]) -> Markup:
     """(name, value, remark, attributes of the value): the figures that a page begins with."""
     return tag(
@@ -45,9 +48,9 @@ def table(
     id_: str,
     caption: str,
     columns: Sequence[Column],
-    rows: Sequence[Sequence[Cell | str]],
+    rows: Sequence[Row],
     *,
-    foot: Sequence[Cell | str] | None = None,
+    foot: Row | None = None,
     sort: bool = True,
     search: str = "",
     snug: bool = False,
@@ -89,7 +92,7 @@ def _class(column: Column) -> str | None:
     return " ".join(n for n, on in (("n", column.number), ("minor", column.minor), ("name", column.name)) if on) or None
 
 
-def _cells(columns: Sequence[Column], row: Sequence[Cell | str]) -> Iterable[Markup]:
+def _cells(columns: Sequence[Column], row: Row) -> Iterable[Markup]:
     for i, (column, given) in enumerate(zip(columns, row, strict=True)):
         cell = given if isinstance(given, Cell) else Cell(given)
         name = {"scope": "row"} if not i else {}
@@ -106,7 +109,7 @@ def figure(
     said: Any = None,
     start: int = 0,
 ) -> Markup:
-    """Pictures as (name, for a wide page, for a narrow one), one shown at a time, with keys to walk through their marks.
+    """Pictures as (name, for a wide page, for a narrow one), one shown at a time; keys walk through their marks.
 
     ``walk`` labels the control for that, ``switch`` the choice of one of several pictures. ``said`` is what is told of
     each mark, where the marks do not carry it themselves; ``start`` is the first one told of.
@@ -157,8 +160,15 @@ def legend(entries: Iterable[tuple[str, object]]) -> Markup:
 
 def swatch(class_: str) -> Markup:
     """A square of a class's colour; the words beside it say the same."""
-    return tag("svg", tag("rect", width=10, height=10, rx=2, class_=class_), viewBox="0 0 10 10", width=10, height=10,
-               class_="swatch", aria_hidden="true")  # fmt: skip
+    return tag(
+        "svg",
+        tag("rect", width=10, height=10, rx=2, class_=class_),
+        viewBox="0 0 10 10",
+        width=10,
+        height=10,
+        class_="swatch",
+        aria_hidden="true",
+    )
 
 
 class Section(NamedTuple):
