@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bursar.errors import BadInput, printable
+from bursar.errors import BadInput, UnknownName, printable
 from bursar.ledger import Ledger
 from bursar.roofline import Forecast
 
@@ -53,10 +53,8 @@ def _plot(ledger: Ledger, forecast: Forecast | None, path: Path, more: Mapping[s
 
     if path.suffix == ".png":
         plot.png(ledger, forecast, path)
-    elif path.suffix == ".svg":
-        path.write_text(plot.svg(ledger, forecast), encoding="utf-8")
     else:
-        raise BadInput(f"--plot {path.name}: bursar draws .svg and .png")
+        path.write_text(plot.svg(ledger, forecast), encoding="utf-8")
 
 
 FORMS: Mapping[str, tuple[tuple[str, ...], Write]] = {
@@ -70,17 +68,21 @@ FORMS: Mapping[str, tuple[tuple[str, ...], Write]] = {
 }
 
 
-def check(path: Path) -> None:
-    """Raise BadInput where ``path`` cannot be written: before a trace, not after it."""
+def check(form: str, path: Path) -> None:
+    """Raise BadInput where ``path`` cannot be written or is not of ``form``: before a trace, not after it."""
     if path.is_dir():
         raise BadInput(f"{path} is a folder; give a file in it")
     if not path.absolute().parent.is_dir():
         raise BadInput(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    if form == "plot" and path.suffix not in FORMS[form][0]:
+        raise BadInput(f"no plot can be drawn as {path.name!r}; give a name that ends in .svg or .png")
 
 
 def write(form: str, ledger: Ledger, forecast: Forecast | None, path: Path, **more: Any) -> None:
     """``ledger``'s step at ``path`` in one of FORMS; ``more`` goes to the HTML page. BadInput if it cannot be."""
-    check(path)
+    if form not in FORMS:
+        raise UnknownName("form of a step", form, FORMS)
+    check(form, path)
     try:
         FORMS[form][1](ledger, forecast, path, more if form == "html" else {})
     except OSError as error:

@@ -495,15 +495,15 @@ def _measurement(s: Subject) -> Section | None:
         tag("p", measured.busy, class_="no") if measured.busy else None,
         _list(causes) if causes else None,
         tag("h3", "Where the measured time went"),
-        _parts("measured-kinds", "By kind, one profiled step", found.by_kind),
-        _parts("measured-modules", "By module", found.by_module, search="Search modules"),
+        _parts("measured-kinds", "kind", "By kind, one profiled step", found.by_kind),
+        _parts("measured-modules", "module", "By module", found.by_module, search="Search measured modules"),
         tag("p", f"{found.unmatched} of {len(s.ledger)} rows were not found in the profile.", class_="soft")
         if found.unmatched
         else None,
     )
 
 
-def _parts(id_: str, caption: str, parts: Sequence[Part], search: str = "") -> Markup:
+def _parts(id_: str, what: str, caption: str, parts: Sequence[Part], search: str = "") -> Markup:
     whole = sum(p.seconds for p in parts) or 1.0
     rows: list[Row] = [
         [
@@ -523,7 +523,7 @@ def _parts(id_: str, caption: str, parts: Sequence[Part], search: str = "") -> M
     if parts[CELLS:]:
         foot = [f"{len(parts) - CELLS} more", _seconds(sum(p.seconds for p in parts[CELLS:])), "", "", "", ""]
     columns = (
-        Column("", number=False),
+        Column(what, number=False),
         Column("seconds"),
         Column("share"),
         Column("FLOPs", minor=True),
