@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from bursar.ledger import Ledger
 from bursar.memory import CLASSES
@@ -47,6 +48,16 @@ class Subject:
     command: str = ""  # what was asked, as it may be asked again
     gradients: bool = False
 
+    @cached_property
+    def shares(self) -> list[Share]:
+        """What each module costs."""
+        return shares(self.ledger, self.forecast.cluster.accelerator if self.forecast is not None else None)
+
+    @cached_property
+    def ops(self) -> list[figures.Ops]:
+        """The ops, calls alike together."""
+        return figures.merged(self.ledger, self.forecast)
+
     @property
     def least(self) -> str:
         """What is put before FLOPs that are not all counted."""
@@ -80,7 +91,7 @@ def _sections(s: Subject) -> Iterator[Section | None]:
     yield _memory(s)
     yield _where(s)
     if s.forecast is not None:
-        yield _time(s.ledger, s.forecast)
+        yield _time(s.ops, s.forecast)
     yield _measurement(s)
     yield _modules(s)
     yield _kinds(s)
@@ -294,12 +305,8 @@ def _static(ledger: Ledger) -> str:
 # ---------------------------------------------------------------------------------------------------- where it all goes
 
 
-def _shares(s: Subject) -> list[Share]:
-    return shares(s.ledger, s.forecast.cluster.accelerator if s.forecast is not None else None)
-
-
 def _where(s: Subject) -> Section | None:
-    found = _shares(s)
+    found = s.shares
     measures: list[tuple[str, str, Callable[[float], str]]] = [
         ("FLOPs", "flops", format_flops),
         ("bytes moved", "bytes_moved", format_bytes),
@@ -331,9 +338,8 @@ def _where(s: Subject) -> Section | None:
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
-def _time(ledger: Ledger, forecast: Forecast) -> Section:
+def _time(ops: Sequence[figures.Ops], forecast: Forecast) -> Section:
     device = forecast.cluster.accelerator
-    ops = figures.merged(ledger, forecast)
     silent = [o for o in ops if not o.flops]
     whole = sum(o.roofline_seconds for o in ops) or 1.0
     parts = [
@@ -538,7 +544,7 @@ def _parts(id_: str, what: str, caption: str, parts: Sequence[Part], search: str
 
 def _modules(s: Subject) -> Section:
     timed = s.forecast is not None
-    found = _shares(s)
+    found = s.shares
     flops = sum(m.copies * m.flops for m in found) or 1
     moved = sum(m.copies * m.bytes_moved for m in found)
     at_peak = sum(m.copies * m.bytes_at_peak for m in found)
@@ -593,7 +599,7 @@ def _together(found: Iterable[Share]) -> tuple[int, int, int, float]:
 
 def _kinds(s: Subject) -> Section:
     ledger = s.ledger
-    found = figures.kinds(figures.merged(ledger, s.forecast))
+    found = figures.kinds(s.ops)
     flops = sum(k.flops for k in found) or 1
     moved = sum(k.moved_bytes for k in found) or 1
     rows: list[Row] = []
