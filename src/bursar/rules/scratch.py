@@ -129,9 +129,22 @@ def batch_norm_backward(op: Op, cpu: Processor) -> int:
     return _elements(x) * SIZES.get(x.dtype, 4) if wants else 0
 
 
-@scratch("aten.native_dropout")
+@scratch("aten.binary_cross_entropy_with_logits")
+def loss_of_logits(op: Op, cpu: Processor) -> int:
+    """log sigmoid, its product with the target, and the loss of each element (Loss.cpp)."""
+    x = op.inputs[0]
+    return 3 * x.numel * SIZES.get(x.dtype, 4) if op["reduction"] else x.numel * SIZES.get(x.dtype, 4)
+
+
+@scratch("aten.logsumexp")
+def logsumexp(op: Op, cpu: Processor) -> int:
+    """The exponentials."""
+    return op.inputs[0].numel * SIZES.get(op.inputs[0].dtype, 4)
+
+
+@scratch("aten.native_dropout", "aten.native_dropout_backward")
 def dropout(op: Op, cpu: Processor) -> int:
-    """input · mask, before it is scaled."""
+    """input · mask before it is scaled; in backward the mask as floats."""
     return op.output.numel * SIZES.get(op.output.dtype, 4)
 
 
@@ -141,6 +154,13 @@ def upsample(op: Op, cpu: Processor) -> int:
     x = op.inputs[0]
     return (x.numel + op.output.numel) * SIZES.get(x.dtype, 4)
 
+
+# Arguments, by place, that a kernel copies whole where they are not contiguous
+CONTIGUOUS = {
+    "aten.embedding_dense_backward": (0,), "aten.native_layer_norm": (0,), "aten.native_layer_norm_backward": (0, 1),
+    "aten._softmax": (0,), "aten._softmax_backward_data": (0, 1), "aten._log_softmax": (0,),
+    "aten._log_softmax_backward_data": (0, 1), "aten.nll_loss_forward": (0,), "aten.max_pool2d_with_indices": (0,),
+}  # fmt: skip
 
 PACKING = "oneDNN's packed operands"
 

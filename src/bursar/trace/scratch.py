@@ -63,7 +63,12 @@ class Scratch:
             answer = self._ask(func, key, flops, args, kwargs)
             if answer is not None:
                 return answer.scratch_bytes, library
-        return rules.scratch_bytes(op, self.cpu), library or "the kernel's scratch"
+        copied = sum(
+            args[i].numel() * args[i].element_size()
+            for i in rules.CONTIGUOUS.get(op.name, ())
+            if not args[i].is_contiguous()
+        )
+        return rules.scratch_bytes(op, self.cpu) + copied, library or "the kernel's scratch"
 
     def _ask(self, func: Any, key: Any, flops: int, args: Any, kwargs: Any) -> Answer | None:
         key = (func, self.cpu.threads, *key[1:])
@@ -136,9 +141,10 @@ def record(func: Any, args: Any, kwargs: Any) -> Answer | None:
     from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
     from torch._C._profiler import _ExperimentalConfig
 
-    if sum(_spans(args)) + sum(_spans(tuple((kwargs or {}).values()))) > MOST_BYTES:
+    spans = [*_spans(args), *_spans(tuple((kwargs or {}).values()))]
+    if sum(spans) > MOST_BYTES or 0 in spans:  # a workspace that is not there would be written to
         return None
-    with _disable_current_modes(), torch.no_grad():
+    with _disable_current_modes():  # gradients on or off as in the step: an LSTM makes its workspace by it
         real, named = _zeros(args), {k: _zeros(v) for k, v in (kwargs or {}).items()}
         try:
             config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
