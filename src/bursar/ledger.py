@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+<<<<<<< HEAD
 from typing import TYPE_CHECKING, Any, NamedTuple
+=======
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+>>>>>>> main
 
 from bursar import memory
 from bursar.errors import BadInput
@@ -295,6 +300,23 @@ class Ledger:
         from bursar.reconcile import reconcile
 
         return reconcile(self, measured, forecast_seconds)
+
+    def export(self, path: str | Path, on: str | None = None, form: str | None = None) -> None:
+        """Write this step to a file: an HTML report, CSV, Parquet, Markdown, a plot, a trace or a memory snapshot.
+
+        ``form`` is a name of `bursar.report.export.FORMS`; without it the suffix says which. ``on`` prices it first, as
+        `on` does. Raises BadInput for a form that is not known and a path that cannot be written.
+        """
+        from bursar.report import export
+
+        path = Path(path)
+        export.write(form or export.form_of(path), self, self.on(on) if on is not None else None, path)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from bursar.report.html import notebook
+
+        return notebook.ledger(self)
 
 
 class Part(NamedTuple):

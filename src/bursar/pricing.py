@@ -23,6 +23,7 @@ from bursar.errors import BadInput
 from bursar.hardware import Accelerator, Cluster
 from bursar.ledger import Call, Ledger, Operand, Row
 from bursar.machine import Machine
+from bursar.reconcile import Expected
 from bursar.roofline import Forecast, forecast
 from bursar.rules import FLOATS
 
@@ -42,6 +43,14 @@ class Priced:
     seconds: tuple[float, ...]  # of each recorded row, its place in the step included
     forecast: Forecast
     benchmarked: float  # the share of the seconds that comes from ops benchmarked by themselves
+    clock: str = "wall"  # that the seconds are of
+
+    @property
+    def expected(self) -> Expected:
+        """What `reconcile` lays beside a measurement."""
+        ahead = self.forecast
+        return Expected(ahead.seconds, self.seconds, ahead.upper_seconds, self.clock, ahead.ideal_seconds["hardware"],
+                        self.benchmarked)  # fmt: skip
 
 
 def local(ledger: Ledger, here: Machine, remembered: Mapping[str, float] | None = None) -> Priced:
@@ -132,7 +141,7 @@ def price(
         assumptions=tuple(notes),
         basis="calibrated",
     )
-    return Priced(tuple(seconds), made, measured / total if total else 0.0)
+    return Priced(tuple(seconds), made, measured / total if total else 0.0, calibration.clock)
 
 
 def interval(past: Sequence[Mapping[str, Any]], benchmarked: bool) -> tuple[float, int]:

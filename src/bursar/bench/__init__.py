@@ -17,9 +17,10 @@ from bursar.bench.single import Bench
 from bursar.calibration import Calibration, Point
 from bursar.context import signature
 from bursar.ledger import Ledger
-from bursar.pricing import Curves, wanted
+from bursar.pricing import Curves, Priced, local, wanted
+from bursar.reconcile import Measured
 
-__all__ = ["FULL", "QUICK", "Extent", "calibrate", "canaries", "complete", "prepared"]
+__all__ = ["FULL", "QUICK", "Extent", "calibrate", "canaries", "complete", "here", "learn", "prepared", "priced"]
 
 Say = Callable[[str], None]
 
@@ -66,14 +67,19 @@ def canaries() -> dict[str, float]:
     }
 
 
+def here() -> machine.Machine:
+    """The machine as it is now, with torch's threads and its GPU."""
+    return machine.current(torch.get_num_threads(), torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+
+
 def calibrate(extent: Extent = FULL, say: Say = lambda text: None) -> Calibration:
     """This machine measured; ``say`` is told what is being measured. On a CUDA machine the GPU, else the CPU."""
     began, cpu = time.perf_counter(), time.process_time()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    here = machine.current(torch.get_num_threads(), device)
+    me = here()
+    device = me.device
     with prepared():
         before = canaries()
-        bench = Bench(here.cache_bytes)
+        bench = Bench(me.cache_bytes)
         spreads: list[float] = []
         matmul: dict[str, dict[str, tuple[Point, ...]]] = {}
         attention: dict[str, dict[str, tuple[Point, ...]]] = {}
@@ -103,7 +109,7 @@ def calibrate(extent: Extent = FULL, say: Say = lambda text: None) -> Calibratio
                for dtype in extent.dtypes}  # fmt: skip
         say("overhead of a call")
         around = overhead.measure(bench)
-        half = Calibration("", here, clock.name(), 0.0, before, 1.0, 0.0, matmul, attention, {}, ops, bandwidth, around)
+        half = Calibration("", me, clock.name(), 0.0, before, 1.0, 0.0, matmul, attention, {}, ops, bandwidth, around)
         say("convolution")
         product = Curves(half)._product
         shares = grids.convolution(bench, lambda m, n, k: product("fp32", 1, "NN", m, n, k))
@@ -113,7 +119,7 @@ def calibrate(extent: Extent = FULL, say: Say = lambda text: None) -> Calibratio
     drift = max((after[k] / before[k] for k in before), key=lambda r: abs(r - 1))
     return Calibration(
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        here,
+        me,
         clock.name(),
         took,
         {k: (before[k] + after[k]) / 2 for k in before},
@@ -128,6 +134,23 @@ def calibrate(extent: Extent = FULL, say: Say = lambda text: None) -> Calibratio
         launch,
         (time.process_time() - cpu) / took,
     )
+
+
+def priced(ledger: Ledger, *, benchmark: bool = True, say: Say = lambda text: None) -> Priced:
+    """``ledger``'s step on this machine, with ``benchmark`` after the ops nobody has met yet were run by themselves.
+
+    Raises NotCalibrated where this machine was not measured as it is now.
+    """
+    me = here()
+    known = complete(ledger, store.load(me), say=say) if benchmark and ledger.calls else {}
+    return local(ledger, me, known)
+
+
+def learn(model: str, forecast: Priced, measured: Measured) -> None:
+    """Keep what was forecast and what was measured, for the next forecast's interval. A busy machine teaches nothing."""
+    if not measured.busy:
+        took = measured.by(forecast.expected.clock)
+        store.record(store.load(here()), model, forecast.forecast.seconds, took, forecast.benchmarked > 0)
 
 
 def complete(

@@ -35,6 +35,7 @@ from bursar.memory import Storage
 from bursar.rules import Op, Tensor, Work
 from bursar.trace import accumulation
 from bursar.trace.fakes import FAKES, SPARSE, bound, elements_stored, index_bytes, is_sparse, parts
+from bursar.trace.scratch import AS_REAL, Scratch
 from bursar.trace.values import Values
 
 aten = torch.ops.aten
@@ -66,6 +67,7 @@ class _OpInfo:
         "defaults",
         "fake",
         "free",
+        "func",
         "ignored",
         "is_view",
         "makes_inputs",
@@ -76,6 +78,7 @@ class _OpInfo:
     )
 
     def __init__(self, func: Any) -> None:
+        self.func = func
         schema = func._schema
         namespace, base = schema.name.split("::")
         self.name = f"{namespace}.{base}"
@@ -100,14 +103,21 @@ class _OpInfo:
 class Recorder(TorchDispatchMode):
     """Records ops, storages and their lifetimes on one device type while it is the innermost mode.
 
-    ``tf32`` names the kinds whose fp32 runs on TF32 tensor cores.
+    ``tf32`` names the kinds whose fp32 runs on TF32 tensor cores; ``scratch`` says what a kernel takes for itself.
     """
 
-    def __init__(self, mode: FakeTensorMode, device_type: str, tf32: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        mode: FakeTensorMode,
+        device_type: str,
+        tf32: frozenset[str] = frozenset(),
+        scratch: Scratch | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.mode = mode
         self.device_type = device_type
         self.tf32 = tf32
+        self.scratch = scratch
         self.rows: list[Row] = []
         self.storages: list[Storage] = []
         self.events: list[tuple[int, int, int]] = []  # (row, storage, +bytes or -bytes)
@@ -265,6 +275,8 @@ class Recorder(TorchDispatchMode):
             if func is _ITEM and self.phase == "optimizer" and not self.depth and args[0].dtype != torch.bool:
                 return _SOME_STEP
             raise
+        if self.scratch is not None and info.name in AS_REAL:
+            out = self.scratch.as_real(func, info.name, lambda: self._key(info, args, kwargs), args, kwargs, out)
         if is_sparse(out):
             self._stored[out] = elements_stored(info.name, out, args, self._stored.get)
         if info.is_view:
@@ -315,6 +327,8 @@ class Recorder(TorchDispatchMode):
             kwargs = {**(kwargs or {}), "output_mask": asked}
             key.append(asked)
         kind, work, dtype, shapes, dtypes = self._priced(tuple(key), info, args, kwargs, outs)
+        if self.scratch is not None:
+            allocated += self._scratch(tuple(key), info, args, kwargs, outs, work, module, phase)
         if phase == "optimizer" and kind not in _KEEP_KIND:
             kind = "optimizer"
         if phase == "recompute":
@@ -337,6 +351,33 @@ class Recorder(TorchDispatchMode):
         if found is None:
             found = self._costs[key] = self._cost(info, args, kwargs, outs)
         return found
+
+    def _key(self, info: _OpInfo, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        seen: dict[int, None] = {}
+        named = [part for k, v in (kwargs or {}).items() for part in (k, self._signature(v, seen, [False]))]
+        return (info, *(self._signature(a, seen, [False]) for a in args), *named)
+
+    def _scratch(
+        self, key: Any, info: _OpInfo, args: Any, kwargs: Any, outs: list[Any], work: Work, module: str, phase: str
+    ) -> int:
+        """Write down what the kernel takes for itself: bytes that come after its outputs and go before the next op."""
+        assert self.scratch is not None
+        if info.free or self._stored:
+            return 0
+        if info.asked:
+            kwargs = {k: v for k, v in kwargs.items() if k != "output_mask"} if kwargs else kwargs
+        n_bytes, what = self.scratch.of(
+            info.func, key, lambda: self._op(info, args, kwargs, outs), work.flops, args, kwargs
+        )
+        if not n_bytes:
+            return 0
+        row = len(self.rows)
+        record = Storage(len(self.storages), n_bytes, row)
+        record.op, record.module, record.phase, record.memory_class = info.name, module, phase, "temporary"
+        record.name = f"{what} in {info.name}"
+        self.storages.append(record)
+        self.events += [(row, record.index, n_bytes), (row, record.index, -n_bytes)]
+        return n_bytes
 
     def _kept_for_recompute(self, args: Any) -> None:
         """What a checkpoint's second forward reads was kept for it, though by a closure and not by the graph."""
