@@ -10,12 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Any, NamedTuple
-=======
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
->>>>>>> main
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bursar import memory
 from bursar.errors import BadInput

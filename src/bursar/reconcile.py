@@ -24,6 +24,7 @@ SECONDS_TOLERANCE = 0.25
 SLACK_BYTES = 16384  # what a kernel may take for itself however small the model: an MLP of 230 kB showed 8 kB
 SCRATCH = "oneDNN takes scratch inside its kernels, which no op shows"
 FRESH_BYTES = 2**25  # a larger block is taken from the system each time, page by page
+BUSY = "busy machine"
 PROFILE_SECONDS = 2e-6  # what the profiler adds to an op, about
 
 
@@ -240,7 +241,7 @@ def _cause_of_part(rows: Sequence[Row], forecast: float, took: float, measured: 
     if took <= 0 or abs(forecast - took) <= 0.1 * took:
         return ""
     if measured.busy:
-        return "busy machine"
+        return BUSY
     if measured.device == "cuda" and any(r.op in _WAITS for r in rows):
         return "synchronisation: the host waits for a value"
     if any(r.kind == "uncounted" for r in rows):

@@ -55,7 +55,7 @@ def measure(work: Workload, ledger: Ledger, device: torch.device, **options: Any
         before = _canaries(device)
         timed = _timed(step, device)
         after = _canaries(device)
-        profiled = _profiled(step, ledger, device)
+        profiled = _middle([_profiled(step, ledger, device) for _ in range(_profiles(timed))])
     notes = []
     if timed.dropped:
         notes.append(f"{timed.dropped} intervals of no or negative length were left out: the clock was set back")
@@ -141,6 +141,21 @@ class _Profiled(NamedTuple):
     rows: tuple[float | None, ...]
     spans: tuple[float | None, ...]
     allocated: tuple[int | None, ...]
+
+
+def _profiles(timed: _Timed) -> int:
+    """How many steps to profile: as many as the time for measuring allows, five at most."""
+    return max(1, min(5, int(BUDGET_SECONDS / 4 / statistics.median(timed.walls))))
+
+
+def _middle(found: list[_Profiled]) -> _Profiled:
+    """Of each row the median of the profiles that show it."""
+
+    def middle(column: tuple[Any, ...]) -> Any:
+        known = [x for x in column if x is not None]
+        return statistics.median_low(known) if known else None
+
+    return _Profiled(*(tuple(map(middle, zip(*field, strict=True))) for field in zip(*found, strict=True)))
 
 
 def _profiled(step: Callable[[], None], ledger: Ledger, device: torch.device) -> _Profiled:

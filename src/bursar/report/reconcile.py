@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bursar.ledger import Ledger
-from bursar.reconcile import Line, Measured, Part, Reconciliation
+from bursar.reconcile import BUSY, Line, Measured, Part, Reconciliation
 from bursar.report.record import SCHEMA_VERSION
 from bursar.report.text import line, note, table
 from bursar.units import format_bytes, format_flops, format_rate, format_seconds, format_share
@@ -127,7 +127,7 @@ def _beside(found: Reconciliation) -> Iterator[Any]:
             ],
         )
         for p in parts[:_LONGEST]:
-            if p.cause:
+            if p.cause and p.cause != BUSY:
                 yield note(f"{p.name}: {p.cause}")
 
 
