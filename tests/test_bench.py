@@ -100,7 +100,14 @@ def test_an_op_that_cannot_be_run_by_itself_is_left_to_the_curves():
     state = placed(bursar.step(torch.nn.Linear(2, 2), torch.ones(1, 2), on="local"), 2**21)[0].state
     for call in (
         Call("aten.no_such_op.default", (), (), (), 0, 0),
-        Call("aten.mm.default", (Operand((2, 3), (3, 1), "float32", 0), Operand((2, 3), (3, 1), "float32", 1)), (), (), 0, 0),
+        Call(
+            "aten.mm.default",
+            (Operand((2, 3), (3, 1), "float32", 0), Operand((2, 3), (3, 1), "float32", 1)),
+            (),
+            (),
+            0,
+            0,
+        ),
         Call("aten.relu.default", (Operand((2**20, 2**20), (2**20, 1), "float32", 0),), (), (), 0, 0),
         Call("triton.kernel", (), (), (), 0, 0),
     ):
@@ -160,7 +167,9 @@ def test_on_local_a_step_has_seconds_a_peak_and_an_answer(capsys, kept):
 def test_an_op_is_benchmarked_once_and_remembered(capsys, kept, monkeypatch):
     ran = []
     plain = Bench.seconds
-    monkeypatch.setattr(Bench, "seconds", lambda self, call, state, **k: ran.append(call.op) or plain(self, call, state, **k))
+    monkeypatch.setattr(
+        Bench, "seconds", lambda self, call, state, **k: ran.append(call.op) or plain(self, call, state, **k)
+    )
     assert ask(capsys, *SMALL, "--no-benchmark")[0] == 0
     assert ran == []
     assert ask(capsys, *SMALL)[0] == 0
@@ -174,7 +183,9 @@ def test_an_op_is_benchmarked_once_and_remembered(capsys, kept, monkeypatch):
 def test_past_its_budget_the_rest_stays_with_the_curves(kept):
     step = bursar.step(torch.nn.Linear(4, 4), torch.ones(2, 4), on="local")
     assert bench.complete(step, kept, budget_seconds=-1.0) == {}
-    assert len(bench.complete(step, kept)) == len({signature(p.call, p.state) for p in placed(step, kept.machine.cache_bytes)})
+    assert len(bench.complete(step, kept)) == len(
+        {signature(p.call, p.state) for p in placed(step, kept.machine.cache_bytes)}
+    )
 
 
 def test_a_ledger_prices_itself_on_local(kept):

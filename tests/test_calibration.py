@@ -56,7 +56,9 @@ def tensor(*shape, storage=0, transposed=False):
 def ledger(*ops):
     """A ledger of (phase, kind, Call, Work)."""
     storages = [Storage(i, 4 * 10**6, 0) for i in range(10)]
-    rows = [Row(phase, kind, call.op.rpartition(".")[0], "", "fp32", (), (), work, 0) for phase, kind, call, work in ops]
+    rows = [
+        Row(phase, kind, call.op.rpartition(".")[0], "", "fp32", (), (), work, 0) for phase, kind, call, work in ops
+    ]
     return Ledger(rows, storages, [], device="cpu", calls=tuple(call for _, _, call, _ in ops))
 
 
@@ -247,7 +249,12 @@ def test_an_edited_calibration_is_refused_and_so_is_another_schema():
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"host": "other"}, "host"), ({"cpu": "B CPU"}, "CPU"), ({"torch": "2.12.0"}, "torch"), ({"threads": 2}, "threads")],
+    [
+        ({"host": "other"}, "host"),
+        ({"cpu": "B CPU"}, "CPU"),
+        ({"torch": "2.12.0"}, "torch"),
+        ({"threads": 2}, "threads"),
+    ],
 )
 def test_a_calibration_of_another_machine_torch_or_number_of_threads_is_refused(change, says):
     store.save(known())
