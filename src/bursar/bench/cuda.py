@@ -23,14 +23,14 @@ SIZES = (512, 1024, 2048, 4096, 8192)
 def seconds(run: Callable[[], Any], repeats: int = 7) -> float:
     """Median seconds of ``run`` by events, after a warm-up."""
     run()
-    found = []
+    found: list[float] = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         run()
         end.record()
         end.synchronize()
-        found.append(begin.elapsed_time(end) / 1e3)
+        found.append(float(begin.elapsed_time(end)) / 1e3)
     return statistics.median(found)
 
 

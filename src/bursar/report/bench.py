@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bursar.calibration import SCHEMA, Calibration, Point
 from bursar.errors import UnknownName
@@ -108,7 +108,7 @@ def _each(points: tuple[Point, ...]) -> float:
     return points[-1][-1] / points[-1][0]
 
 
-def _bars(title: str, values: Mapping[str, float], unit: str) -> Iterator[Any]:
+def _bars(title: str, values: Mapping[str, float], unit: Literal["FLOP", "B", "s"]) -> Iterator[Any]:
     """One bar per figure, the longest the largest."""
     if not values:
         return
