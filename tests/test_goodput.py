@@ -7,12 +7,12 @@ import math
 import random
 
 import pytest
-from command import ask
 
 from bursar.errors import BadInput, NoAnswer
 from bursar.goodput import FAILURES_PER_GPU_HOUR, best_interval, goodput
 from bursar.run import solve
 from bursar.scaling import TABLE_3, loss, optimal
+from command import ask
 
 
 def test_llama_3_kept_more_than_nine_tenths_of_its_time():
@@ -120,4 +120,4 @@ def test_a_failure_rate_without_goodput_is_refused(capsys):
 
 def test_steps_are_unknown_where_nothing_says_a_steps_tokens():
     assert solve(flops="gpt3", on="h100-sxm").steps is None
-    assert FAILURES_PER_GPU_HOUR == pytest.approx(1.97e-5, rel=0.01)
+    assert pytest.approx(1.97e-5, rel=0.01) == FAILURES_PER_GPU_HOUR
