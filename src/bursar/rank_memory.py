@@ -364,10 +364,11 @@ def _moe_bytes(job: Job, case: _Case, T: Any) -> Any:
     mine = T / _sequence(job)  # tokens that this rank routes
     rows = mine * model.experts_per_token * lay.expert_tp
     routed = rows * model.d_model * (e - case.eighth) + _mlp_bytes(model, case, rows * model.moe_d_ff / lay.expert_tp)
-    combined = mine * model.experts_per_token * model.d_model * e  # weighed by the router's probabilities
+    if not model.gated_mlp:  # the probabilities weigh GELU's output in a product of its own; SwiGLU's kernel takes them
+        routed = routed + rows * model.moe_d_ff / lay.expert_tp * e
     router = mine * model.n_experts * (4 + 4 + 1)  # logits and probabilities in fp32, the choice in one byte
     shared = _mlp_bytes(model, case, T * model.shared_d_ff / lay.tp) if model.shared_d_ff else 0
-    return routed + combined + router + shared
+    return routed + router + shared
 
 
 def _selected(job: Job, case: _Case, saved: Any, core: Any, hidden: Any, x: Any, T: Any, moe: bool) -> tuple[Any, Any]:
@@ -601,8 +602,10 @@ def _element_bytes(job: Job, case: _Case) -> tuple[float, float]:
         return 4.0, 4.0
     given = case.habits.gradient_bytes
     parameter = case.habits.parameter_bytes
-    if case.eighth and "fp8_param_gather" not in job.flags:
-        parameter = parameter + 2  # 8-bit weights and their transposes beside those of 16 bits
+    if case.eighth and case.habits.name == "megatron" and "fp8_param_gather" not in job.flags:
+        parameter = (
+            parameter + 2
+        )  # 8-bit weights and their transposes beside those of 16 bits; NVIDIA's recipes keep the former only
     gradient = job.gradient_bytes or given.get(job.precision, given["bf16"])
     return parameter, gradient
 
