@@ -434,7 +434,7 @@ def held_layers(job: Job, stage: int, here: Any) -> Any:
     behind = 0 * p if last else p - 1 - stage  # stages after this one
     # Warm-up and one more; chunks take turns, a group of micro-batches each: p, or where that does not divide them the
     # next number that does. megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches
-    group = _group(M, p)
+    group = _group(M, p) if np.any((v > 1) & (M % p != 0)) else p
     n = np.where(v > 1, np.minimum(M * v, 2 * behind + (v - 1) * group + 1), np.minimum(M, behind + 1))
     n = np.where(p == 1, 1, n)
     short = "loss_counts_as_layer" in job.flags if last else "embedding_counts_as_layer" in job.flags
@@ -448,11 +448,10 @@ def held_layers(job: Job, stage: int, here: Any) -> Any:
 
 def _group(M: Any, p: Any) -> Any:
     """The least number from ``p`` on that divides ``M``; ``p`` where none does."""
-    found, most = 0 * M + p, int(np.max(p))
-    for more in range(2 * most, 0, -1):
-        size = p + more
-        found = np.where((M % p != 0) & (size <= M) & (M % np.maximum(size, 1) == 0), size, found)
-    return found
+    many, stages = np.broadcast_arrays(M, p)
+    pairs, where = np.unique(np.stack([many.ravel(), stages.ravel()]).astype(np.int64), axis=1, return_inverse=True)
+    least = [next((g for g in range(n, m + 1) if m % g == 0), n) for m, n in pairs.T.tolist()]
+    return np.asarray(least)[where.ravel()].reshape(many.shape)
 
 
 def _first_chunk(job: Job) -> Any:
@@ -515,13 +514,17 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     parameters = held(3, parameter, parameter)
     gradients = held(2, gradient, gradient)
     states = held(1, matrix_state, other_state)
-    elements = held(1, 1, 1)
+    if "finetune_lora" in job.flags:  # the adapters are small beside what they adapt, which is frozen
+        gradients, states = 0 * gradients, 0 * states
+    elements = held(1, 1, 1) * ("finetune_lora" not in job.flags)
     # ---- activations
     T = job.micro_batch * job.seq_len / lay.cp
     x = T * model.d_model / _sequence(job) * e
     here = sum(n for n, _ in kinds)
     saved = sum(n * _kept(job, b) for n, b in kinds)
     layers = np.where(here > 0, held_layers(job, stage, here) / np.maximum(here, 1e-9), 0) * saved
+    if job.offload_layers:  # the last of them are on the host when the stage is fullest
+        layers = layers * np.maximum(1 - job.offload_layers / np.maximum(here, 1), 0)
     layers = layers + mtp * (last_kind.saved + 3 * x)
     activations = layers + np.where(one | (stage == _FIRST), _first_chunk(job) * x / e * case.dropout, 0)
     activations = activations + np.where(with_loss, 2 * x, 0)  # the last norm's input and output
@@ -555,6 +558,7 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
         buffers = buffers + np.where((zero >= 1) & (shards > 1), bucket, 0)
     buffers = buffers + held(3, 1, 1) * np.where(shards > 1, case.own["bucket_bytes"], 0)
     late = held(3, 1, 1) * (0 if fp32 or job.precision == "fp16" else case.own["late_bytes"])
+    late = late * ("finetune_lora" not in job.flags)
     workspace = _workspace(job, case)
     # ---- between steps
     steady = parameters + states + workspace + (gradients if case.own["gradients_stay"] else 0)
