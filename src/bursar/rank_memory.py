@@ -72,7 +72,7 @@ def rank_memory(job: Job, cluster: Cluster, rank: str = "worst") -> RankMemory:
     if rank != "worst":
         return _stage(job, cluster, _LAST if rank == "last" else _FIRST)
     stages = [_FIRST, _LAST] if np.any(np.asarray(job.layout.pp) > 1) else [_FIRST]
-    if framework(job.framework).name == "nanotron" and len(stages) > 1:
+    if len(stages) > 1 and (framework(job.framework).name == "nanotron" or np.any(_ends_count(job))):
         stages.append(_SECOND)  # may have a layer more than the first
     worst, *others = (_stage(job, cluster, stage) for stage in stages)
     for other in others:
@@ -217,17 +217,16 @@ def _stage_layers(job: Job, stage: int) -> tuple[Any, Any]:
     pp = np.asarray(job.layout.pp)
     L, last = model.n_layers, stage == _LAST
     own = flags.get("last_stage_layers" if last else "first_stage_layers")
-    counted = [int(name in flags) for name in ("embedding_counts_as_layer", "loss_counts_as_layer")]
     if own:
         here: Any = int(own) + 0.0 * pp
-    elif any(counted):
-        here = (L + sum(counted)) / pp - counted[last]
     elif framework(job.framework).name == "nanotron":  # by compute, the head among it; models/base.py, build_model
         with_head = L + model.vocab_size * model.d_model / _layer_matrices(model)
         each = with_head / pp
         here = L - np.floor(each * (pp - 1)) if last else np.floor(each) if stage == _FIRST else np.ceil(each)
     else:
         here = np.where(L % pp == 0, L / pp, np.floor(L / pp) if last else np.ceil(L / pp))
+        count = sum(_counts(job))
+        here = np.where(_ends_count(job), (L + count) / pp - (0 if stage == _SECOND else _counts(job)[last]), here)
     here = np.where(pp == 1, L, here)
     if not model.n_experts:
         return here, 0.0 * here
@@ -235,6 +234,26 @@ def _stage_layers(job: Job, stage: int) -> tuple[Any, Any]:
         return here, np.where(pp == 1, model.n_moe_layers, here / model.moe_every)
     moe = np.minimum(here, model.n_moe_layers) if last else np.maximum(here - model.first_dense_layers, 0)
     return here, np.where(pp == 1, model.n_moe_layers, moe)
+
+
+def _counts(job: Job) -> tuple[int, int]:
+    """Layers that the embedding and the loss stand for where they count as some; both where nobody says."""
+    told = tuple(int(f"{name}_counts_as_layer" in job.flags) for name in ("embedding", "loss"))
+    return (told[0], told[1]) if any(told) else (1, 1)
+
+
+def _ends_count(job: Job) -> Any:
+    """Whether the embedding and the loss count as layers: the run says so, or only so are Megatron's stages even.
+
+    account_for_embedding_in_pipeline_split in megatron/core; BLOOM's 70 layers in 12 stages.
+    """
+    lay, L = job.layout, job.model.n_layers
+    chunks = np.asarray(lay.pp) * np.where(np.asarray(lay.pp) > 1, lay.virtual_stages, 1)
+    if "embedding_counts_as_layer" in job.flags or "loss_counts_as_layer" in job.flags:
+        return chunks > 1
+    if framework(job.framework).name not in MEGATRON or "first_stage_layers" in job.flags:
+        return chunks < 1
+    return (chunks > 1) & (L % chunks != 0) & ((L + 2) % chunks == 0)
 
 
 def _layer_matrices(model: Decoder) -> float:
@@ -437,13 +456,14 @@ def held_layers(job: Job, stage: int, here: Any) -> Any:
     group = _group(M, p) if np.any((v > 1) & (M % p != 0)) else p
     n = np.where(v > 1, np.minimum(M * v, 2 * behind + (v - 1) * group + 1), np.minimum(M, behind + 1))
     n = np.where(p == 1, 1, n)
-    short = "loss_counts_as_layer" in job.flags if last else "embedding_counts_as_layer" in job.flags
-    if not short or not np.any(v > 1):
-        return n / np.where((p > 1) & (v > 1), v, 1) * here
+    even = n / np.where((p > 1) & (v > 1), v, 1) * here
+    short = _ends_count(job) & (v > 1) & (stage != _SECOND) & bool(_counts(job)[last])
+    if not np.any(short):
+        return even
     # One chunk, the stage's last or its first, has a layer less than the others
     each, which = (here + 1) / v, v - 1 if last else 0 * v
     held = np.clip(n - which * group, 0, group) + np.clip(n - (v + which) * group, 0, group)
-    return n * each - held
+    return np.where(short, n * each - held, even)
 
 
 def _group(M: Any, p: Any) -> Any:
@@ -554,10 +574,11 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     buffers = buffers + np.where(one, 0, 2 * x)  # what comes and what goes
     reduce = np.where(gathers, unit * gradient, 0)  # a unit's gradients before they are scattered
     if case.habits.name == "megatron-deepspeed":
-        bucket = np.minimum(constants()["buckets"]["deepspeed_elements"], dense + expert + other) * 2
+        bucket = np.minimum(constants()["buckets"]["deepspeed_elements"], dense + expert + other) * gradient
         buffers = buffers + np.where((zero >= 1) & (shards > 1), bucket, 0)
     buffers = buffers + held(3, 1, 1) * np.where(shards > 1, case.own["bucket_bytes"], 0)
-    late = held(3, 1, 1) * (0 if fp32 or job.precision == "fp16" else case.own["late_bytes"])
+    twice = not fp32 and job.precision != "fp16"  # gradients of 16 bits are added to others of 32
+    late = held(3, 1, 1) * (case.own["late_bytes"] if twice else 0)
     late = late * ("finetune_lora" not in job.flags)
     workspace = _workspace(job, case)
     # ---- between steps
@@ -569,7 +590,10 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     several = case.own["gradients_stay"] | (np.asarray(job.micro_batches) > 1)
     at_loss = base + np.where(several, gradients, 0) + activations + logits
     at_block = base + np.where(several, gradients, 0) + activations + working + reduce
-    at_end = base + gradients + late + np.where(one, 0, activations * (1 - 1 / np.maximum(_first_chunk(job), 1)))
+    # DeepSpeed's pipeline clears them before the next backward only: the next forward still has them
+    # (runtime/pipe/engine.py, _exec_backward_pass); elsewhere they go before it, the micro-batch's activations after
+    over = 0 if case.habits.name == "megatron-deepspeed" else 1 / np.maximum(_first_chunk(job), 1)
+    at_end = base + gradients + late + np.where(one, 0, activations * (1 - over))
     at_update = base + gradients + elements * case.own["step_bytes"]
     peak = np.maximum(np.maximum(at_loss, at_block), np.maximum(at_end, at_update))
     loss_is = peak == at_loss
@@ -646,9 +670,18 @@ def _workspace(job: Job, case: _Case) -> float:
 
 
 def _groups(job: Job) -> Any:
-    """Communicators of more than one rank: data, tensor, pipeline, context, expert."""
+    """Communicators that a rank joins: all ranks, and data, tensor, pipeline, context and expert groups of a part.
+
+    Megatron and its like have two more: a model's ranks, for the gradients' norm, and the first and last stage, for a
+    tied table. megatron/core/parallel_state.py, initialize_model_parallel.
+    """
     lay = job.layout
-    return sum(1 * (np.asarray(n) > 1) for n in (lay.dp, lay.tp, lay.pp, lay.cp, lay.ep))
+    dp, tp, pp, cp, ep = (np.asarray(n) for n in (lay.dp, lay.tp, lay.pp, lay.cp, lay.ep))
+    world = dp * tp * pp * cp
+    joined = 1 * (world > 1) + sum(1 * ((n > 1) & (n < world)) for n in (dp, tp, pp, cp, ep))
+    if framework(job.framework).name in MEGATRON:
+        joined = joined + ((tp > 1) & (pp > 1) & (tp * pp < world)) + ((pp > 1) & bool(job.model.tied_embeddings))
+    return joined
 
 
 def _plain(value: Any) -> Any:
