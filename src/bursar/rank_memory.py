@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from bursar.architecture import Transformer
 from bursar.errors import BadInput, UnknownName
 from bursar.frameworks import Framework, framework
 from bursar.hardware import Cluster
-from bursar.jobs import Count, Decoder, Job
+from bursar.jobs import Count, Decoder, Job, Layout
 from bursar.rules import transformer
 
 RANKS = ("worst", "first", "last")
@@ -69,6 +69,7 @@ def rank_memory(job: Job, cluster: Cluster, rank: str = "worst") -> RankMemory:
     """
     if rank not in RANKS:
         raise BadInput(f"no rank {rank!r}; known: {', '.join(RANKS)}")
+    job = _wide(job)
     if rank != "worst":
         return _stage(job, cluster, _LAST if rank == "last" else _FIRST)
     stages = [_FIRST, _LAST] if np.any(np.asarray(job.layout.pp) > 1) else [_FIRST]
@@ -81,6 +82,17 @@ def rank_memory(job: Job, cluster: Cluster, rank: str = "worst") -> RankMemory:
 
 
 _FIRST, _SECOND, _LAST = 0, 1, -1
+
+
+def _wide(job: Job) -> Job:
+    """With arrays of 64 bits: 32 hold no more than 2 GiB."""
+
+    def wide(value: Any) -> Any:
+        return value.astype(np.int64) if isinstance(value, np.ndarray) and value.dtype != np.int64 else value
+
+    lay = job.layout
+    layout = Layout(*(wide(getattr(lay, f.name)) if f.name != "schedule" else lay.schedule for f in fields(Layout)))
+    return replace(job, layout=layout, micro_batch=wide(job.micro_batch), micro_batches=wide(job.micro_batches))
 
 
 def _worse(a: RankMemory, b: RankMemory) -> RankMemory:
@@ -398,6 +410,7 @@ def _selected(job: Job, case: _Case, saved: Any, core: Any, hidden: Any, x: Any,
         # Kept: every second product of wq wk wv wo w1 w3 w2, the attention's output; torchtitan's parallelize.py
         kept = x + T * (2 * model.query_width + _key_heads(model, lay.tp) * lay.tp * model.head_dim) / lay.tp * e
         kept = kept + T * (model.d_ff / lay.tp) * e + x + core
+        kept = np.minimum(kept, saved) if not moe else x + (saved - x) / 2  # of experts' products too every second
         return kept, saved - kept
     gone: Any = 0
     if not names or "core_attn" in names:
@@ -415,6 +428,7 @@ def _selected(job: Job, case: _Case, saved: Any, core: Any, hidden: Any, x: Any,
         gone = gone + T * (2 * model.query_width + model.value_width) / lay.tp * e
     if "shared_experts" in names and moe and model.shared_d_ff:
         gone = gone + _mlp_bytes(model, case, T * model.shared_d_ff / lay.tp)
+    gone = np.minimum(gone, saved - x)
     return saved - gone, gone
 
 
@@ -593,7 +607,8 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     # DeepSpeed's pipeline clears them before the next backward only: the next forward still has them
     # (runtime/pipe/engine.py, _exec_backward_pass); elsewhere they go before it, the micro-batch's activations after
     over = 0 if case.habits.name == "megatron-deepspeed" else 1 / np.maximum(_first_chunk(job), 1)
-    at_end = base + gradients + late + np.where(one, 0, activations * (1 - over))
+    still = np.where(one, 0, activations * (1 - over))
+    at_end = base + gradients + late + still
     at_update = base + gradients + elements * case.own["step_bytes"]
     peak = np.maximum(np.maximum(at_loss, at_block), np.maximum(at_end, at_update))
     loss_is = peak == at_loss
@@ -603,7 +618,7 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
         "parameters": parameters,
         "gradients": np.where((loss_is | block_is) & ~np.asarray(several), 0, gradients),
         "optimizer_state": states,
-        "activations": np.where(loss_is | block_is, activations, np.where(end_is, at_end - base - gradients - late, 0)),
+        "activations": np.where(loss_is | block_is, activations, np.where(end_is, still, 0)),
         "logits": np.where(loss_is, logits, 0),
         "collective_buffers": buffers + np.where(block_is, reduce, 0),
         "temporary": np.select(
