@@ -464,10 +464,14 @@ def _mixture(x: _Context, p: _Passes) -> None:
     p.backward.stream(own * E * 4 * 4, 6)
     sent = own * k * D * e
     # permuted for the ranks and again for the experts, and put back with their weights
-    p.forward.stream(2 * own * D * e + 6 * sent, 4)
-    p.backward.stream(2 * own * D * e + 7 * sent, 5)
+    dropping = "tokendrop" in x.job.flags
+    passes = coefficient("permute_passes_unfused" if dropping else "permute_passes")
+    p.forward.stream(2 * own * D * e + passes * sent, 4 + 8 * dropping)
+    p.backward.stream(2 * own * D * e + (passes + 1) * sent, 5 + 10 * dropping)
+    if dropping:  # each expert picks its tokens: a sort of the whole map
+        p.forward.stream(coefficient("sort_bytes") * own * E, 6)
     # padding every expert to a capacity goes with the plain exchange, which sends every copy
-    move = dispatch_seconds(x.links, own * D * e, x.ep, k, "tokendrop" not in x.job.flags)
+    move = dispatch_seconds(x.links, own * D * e, x.ep, k, not dropping)
     shown = 0.2 if "ep_overlap" in x.job.flags else 1.0
     p.forward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     p.backward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
