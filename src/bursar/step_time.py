@@ -405,8 +405,9 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
     # keys and values go round the ring while the kernel works on those that are here
     held = (model.n_kv_heads * model.head_dim * 2 if model.latent is None else model.query_width * 2) / tp * x.n * e
     ring = np.where(x.cp > 1, (x.cp - 1) * send_seconds(x.links, held, tp), 0.0)
-    p.forward.add("cp", np.maximum(ring - p.forward.seconds["attention"], 0.05 * ring))
-    p.backward.add("cp", np.maximum(2 * ring - p.backward.seconds["attention"], 0.05 * ring))
+    least = coefficient("cp_shown") * ring
+    p.forward.add("cp", np.maximum(ring - p.forward.seconds["attention"], least))
+    p.backward.add("cp", np.maximum(2 * ring - p.backward.seconds["attention"], 2 * least))
 
 
 def _tensor_parallel(x: _Context, p: _Passes) -> None:
@@ -423,7 +424,7 @@ def _tensor_parallel(x: _Context, p: _Passes) -> None:
 
 
 def _tp_overlap(x: _Context) -> float:
-    return max(x.habits.tp_overlap, 0.5 if "async_tp" in x.job.flags else 0.0)
+    return max(x.habits.tp_overlap, coefficient("async_tp_hidden") if "async_tp" in x.job.flags else 0.0)
 
 
 def _mlp(x: _Context, p: _Passes, width: int) -> None:
@@ -472,7 +473,7 @@ def _mixture(x: _Context, p: _Passes) -> None:
         p.forward.stream(coefficient("sort_bytes") * own * E, 6)
     # padding every expert to a capacity goes with the plain exchange, which sends every copy
     move = dispatch_seconds(x.links, own * D * e, x.ep, k, not dropping)
-    shown = 0.2 if "ep_overlap" in x.job.flags else 1.0
+    shown = 1.0 - coefficient("ep_overlap_hidden") if "ep_overlap" in x.job.flags else 1.0
     p.forward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     p.backward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     inner = 2 if model.gated_mlp else 1
@@ -671,7 +672,7 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     )
     sent = _hidden_bytes(job, c)
     send = np.where(pp > 1, 2 * chunks * send_seconds(links, sent, c["tp"] * c["cp"] * c["dp"]), 0.0)
-    send = send * np.where(chunks > 1, 1 - habits.overlap_parameters * 0.5, 1.0)
+    send = send * np.where(chunks > 1, 1 - habits.overlap_parameters * coefficient("interleaved_send_hidden"), 1.0)
     bubble = np.where(single, 0.0, bubble_seconds(lay.schedule, pp, chunks, slowest, whole + pp * send))
     parts = {k: M * v for k, v in busy.items()}
     parts["pp_send"] = M * send
