@@ -70,16 +70,31 @@ def rank_memory(job: Job, cluster: Cluster, rank: str = "worst") -> RankMemory:
     if rank not in RANKS:
         raise BadInput(f"no rank {rank!r}; known: {', '.join(RANKS)}")
     if rank != "worst":
-        return _stage(job, cluster, rank == "last")
-    first, last = _stage(job, cluster, False), _stage(job, cluster, True)
-    at_first = np.asarray(first.device_bytes >= last.device_bytes)
+        return _stage(job, cluster, _LAST if rank == "last" else _FIRST)
+    stages = [_FIRST, _LAST] if np.any(np.asarray(job.layout.pp) > 1) else [_FIRST]
+    if framework(job.framework).name == "nanotron" and len(stages) > 1:
+        stages.append(_SECOND)  # may have a layer more than the first
+    worst, *others = (_stage(job, cluster, stage) for stage in stages)
+    for other in others:
+        worst = _worse(worst, other)
+    return worst
 
-    def pick(a: Any, b: Any) -> Any:
-        return _plain(np.where(at_first, a, b))
 
-    sums = (pick(getattr(first, f), getattr(last, f)) for f in ("peak_bytes", "steady_bytes", "reserved_bytes"))
-    parts = {name: pick(first.parts[name], last.parts[name]) for name in first.parts}
-    return RankMemory(*sums, pick(first.device_bytes, last.device_bytes), parts, first.assumptions)
+_FIRST, _SECOND, _LAST = 0, 1, -1
+
+
+def _worse(a: RankMemory, b: RankMemory) -> RankMemory:
+    """Of two ranks, layout by layout, the one whose device is fuller."""
+    first = np.asarray(a.device_bytes >= b.device_bytes)
+
+    def pick(one: Any, other: Any) -> Any:
+        return _plain(np.where(first, one, other))
+
+    return RankMemory(
+        pick(a.peak_bytes, b.peak_bytes), pick(a.steady_bytes, b.steady_bytes),
+        pick(a.reserved_bytes, b.reserved_bytes), pick(a.device_bytes, b.device_bytes),
+        {name: pick(a.parts[name], b.parts[name]) for name in a.parts}, a.assumptions,
+    )  # fmt: skip
 
 
 # ---- what holds for a whole job
@@ -96,6 +111,7 @@ class _Case(NamedTuple):
     naive: bool  # scores are stored
     dropout: int
     rotary: bool
+    eighth: bool  # products keep what they multiply in 8 bits
     new: bool  # compute capability 9 and later
 
 
@@ -114,6 +130,7 @@ def _case(job: Job, cluster: Cluster) -> _Case:
         job.attention == "naive" or impl == "local",
         habits.dropout if learned else 0,  # models since Llama are trained without
         not model.learned_positions,
+        of_megatron and job.precision in ("fp8", "mxfp8", "nvfp4") and job.fp8_everywhere,
         cluster.accelerator.name.startswith(_HOPPER),
     )
 
@@ -170,12 +187,12 @@ class Block(NamedTuple):
     working: Any  # what its backward makes beside
 
 
-def _blocks(job: Job, case: _Case, last: bool) -> list[tuple[Any, Block]]:
+def _blocks(job: Job, case: _Case, stage: int) -> list[tuple[Any, Block]]:
     """The kinds of blocks of one stage, and how many of each it has."""
     model, t = job.model, job.layout.tp
     attention, norm = attention_parameters(model, t), norm_parameters(model)
     dense = attention + norm + mlp_parameters(model, model.d_ff, t, model.bias)
-    here, moe = _stage_layers(job, last)
+    here, moe = _stage_layers(job, stage)
     if model.n_encoder_layers:
         tokens = int(job.flags.get("decoder_seq_len") or job.seq_len)
         encoder = _activations(job, case, job.seq_len)
@@ -194,17 +211,21 @@ def _blocks(job: Job, case: _Case, last: bool) -> list[tuple[Any, Block]]:
     return kinds
 
 
-def _stage_layers(job: Job, last: bool) -> tuple[Any, Any]:
+def _stage_layers(job: Job, stage: int) -> tuple[Any, Any]:
     """Blocks of the stage, and how many of them are mixtures."""
     model, flags = job.model, job.flags
     pp = np.asarray(job.layout.pp)
-    L = model.n_layers
+    L, last = model.n_layers, stage == _LAST
     own = flags.get("last_stage_layers" if last else "first_stage_layers")
     counted = [int(name in flags) for name in ("embedding_counts_as_layer", "loss_counts_as_layer")]
     if own:
         here: Any = int(own) + 0.0 * pp
     elif any(counted):
         here = (L + sum(counted)) / pp - counted[last]
+    elif framework(job.framework).name == "nanotron":  # by compute, the head among it; models/base.py, build_model
+        with_head = L + model.vocab_size * model.d_model / _layer_matrices(model)
+        each = with_head / pp
+        here = L - np.floor(each * (pp - 1)) if last else np.floor(each) if stage == _FIRST else np.ceil(each)
     else:
         here = np.where(L % pp == 0, L / pp, np.floor(L / pp) if last else np.ceil(L / pp))
     here = np.where(pp == 1, L, here)
@@ -216,6 +237,11 @@ def _stage_layers(job: Job, last: bool) -> tuple[Any, Any]:
     return here, np.where(pp == 1, model.n_moe_layers, moe)
 
 
+def _layer_matrices(model: Decoder) -> float:
+    """Elements of a block's matrices, on one rank that has them all."""
+    return float(attention_parameters(model, 1) + mlp_parameters(model, model.d_ff, 1, False))
+
+
 class Ends(NamedTuple):
     """Elements of a stage beside its blocks."""
 
@@ -223,7 +249,7 @@ class Ends(NamedTuple):
     rest: Any  # positions, the last norm, what a head has more
 
 
-def _ends(job: Job, last: bool) -> Ends:
+def _ends(job: Job, stage: int) -> Ends:
     """The embedding of the first stage, the norm and the head of the last."""
     model, t = job.model, job.layout.tp
     one = np.asarray(job.layout.pp) == 1
@@ -237,7 +263,9 @@ def _ends(job: Job, last: bool) -> Ends:
     if model.n_encoder_layers:
         last_rest = last_rest + padded_vocabulary(job) / t
     more = model.mtp_layers * (2 * d * d / t + 3 * norm)
-    if last:
+    if stage == _SECOND:
+        return Ends(0 * vocabulary, 0 * vocabulary)
+    if stage == _LAST:
         head = np.where(one, 0 if model.tied_embeddings else 1, 1) + (np.where(one, 0, 1) if model.mtp_layers else 0)
         return Ends(vocabulary * (head + one), last_rest + more + one * first_rest)
     return Ends(
@@ -256,7 +284,7 @@ def _activations(job: Job, case: _Case, tokens: Count, moe: bool = False) -> tup
     T = job.micro_batch * tokens / lay.cp
     x = T * model.d_model / _sequence(job) * e
     attention = _attention_bytes(job, case, tokens, tokens)
-    norm = 2 * x + T / _sequence(job) * (8 if model.norm == "layernorm" else 4) + x / e * case.dropout
+    norm = 2 * x + T / _sequence(job) * (8 if model.norm == "layernorm" else 4) + x / e * (case.dropout - case.eighth)
     hidden = _moe_bytes(job, case, T) if moe else _mlp_bytes(model, case, T * model.d_ff / lay.tp)
     saved = attention + norm + hidden
     working = 2 * x + T * e * _widest(job, moe)
@@ -305,9 +333,13 @@ def _attention_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
             qkv = (
                 qkv + T * (Q + kv) * e
             )  # values are a view of the one product, which stays beside turned queries, keys
+    if "qk_layernorm" in job.flags and model.latent is None:
+        qkv = qkv + 2 * (T * Q + U * _key_heads(model, t) * model.head_dim) * e  # both norms' inputs, as copies
     out = T * V * e
-    if not case.naive and not (case.engine and case.new):
-        out = 2 * out  # flash lays its output head by head: the next product wants tokens together, a copy
+    if case.eighth:
+        out = out + T * V - x / e  # the next product keeps its own in 8 bits; so does the first, of the norm
+    elif not case.naive and not (case.engine and case.new):
+        out = case.own["outputs"] * out
     return saved + qkv + out + _core_bytes(job, case, queries, keys)
 
 
@@ -322,7 +354,8 @@ def _core_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
 
 def _mlp_bytes(model: Decoder, case: _Case, n: Any) -> Any:
     """GELU keeps its input and the next product its output; a gated one both branches and the product's input."""
-    return n * case.e * (case.own["glu_kept"] if model.gated_mlp else 2)
+    kept = case.e * (case.own["glu_kept"] if model.gated_mlp else 2)
+    return n * (kept - case.eighth)
 
 
 def _moe_bytes(job: Job, case: _Case, T: Any) -> Any:
@@ -330,7 +363,7 @@ def _moe_bytes(job: Job, case: _Case, T: Any) -> Any:
     model, lay, e = job.model, job.layout, case.e
     mine = T / _sequence(job)  # tokens that this rank routes
     rows = mine * model.experts_per_token * lay.expert_tp
-    routed = rows * model.d_model * e + _mlp_bytes(model, case, rows * model.moe_d_ff / lay.expert_tp)
+    routed = rows * model.d_model * (e - case.eighth) + _mlp_bytes(model, case, rows * model.moe_d_ff / lay.expert_tp)
     combined = mine * model.experts_per_token * model.d_model * e  # weighed by the router's probabilities
     router = mine * model.n_experts * (4 + 4 + 1)  # logits and probabilities in fp32, the choice in one byte
     shared = _mlp_bytes(model, case, T * model.shared_d_ff / lay.tp) if model.shared_d_ff else 0
@@ -342,7 +375,7 @@ def _selected(job: Job, case: _Case, saved: Any, core: Any, hidden: Any, x: Any,
     model, lay, e = job.model, job.layout, case.e
     names = job.recompute_modules
     if case.habits.name == "torchtitan" and not names:
-        # Kept: every second product of wq wk wv wo w1 w3 w2, the attention's output; torchtitan models/llama3/parallelize.py
+        # Kept: every second product of wq wk wv wo w1 w3 w2, the attention's output; torchtitan's parallelize.py
         kept = x + T * (2 * model.query_width + _key_heads(model, lay.tp) * lay.tp * model.head_dim) / lay.tp * e
         kept = kept + T * (model.d_ff / lay.tp) * e + x + core
         return kept, saved - kept
@@ -379,7 +412,7 @@ def _closed_form(job: Job, tokens: Count) -> transformer.Totals:
         d_model=model.d_model, n_heads=model.n_heads, n_kv_heads=model.n_kv_heads, head_dim=model.head_dim,
         d_ff=model.d_ff, vocab_size=model.vocab_size, max_seq_len=model.learned_positions or job.seq_len,
         norm=model.norm, gated_mlp=model.gated_mlp, bias=model.bias, tied_embeddings=model.tied_embeddings,
-        position="learned" if model.learned_positions else "rotary",
+        position="learned" if model.learned_positions else "rope", rope_theta=1e4, norm_eps=1e-5, source="",
     )  # fmt: skip
     precision = job.precision if job.precision in transformer.PRECISIONS else "bf16"
     return transformer.count(shape, job.micro_batch, tokens, precision=precision)
@@ -388,7 +421,7 @@ def _closed_form(job: Job, tokens: Count) -> transformer.Totals:
 # ---- pipeline: how many micro-batches are held
 
 
-def held_layers(job: Job, last: bool, here: Any) -> Any:
+def held_layers(job: Job, stage: int, here: Any) -> Any:
     """Layers times micro-batches whose activations a stage of ``here`` layers holds at most."""
     lay, M = job.layout, np.asarray(job.micro_batches)
     p, v = np.asarray(lay.pp), np.asarray(lay.virtual_stages)
@@ -396,18 +429,29 @@ def held_layers(job: Job, last: bool, here: Any) -> Any:
         return np.where(p > 1, M, 1) * here
     if lay.schedule == "dualpipev":  # DeepSeek-AI 2024, table 2: p + 1 chunks, two of them a stage
         return np.where(p > 1, np.minimum(M, (p + 1) / 2), 1) * here
-    stage = p - 1 if last else 0 * p
-    # Warm-up and one more; chunks take turns, p micro-batches each. megatron/core/pipeline_parallel/schedules.py,
-    # get_pp_rank_microbatches
-    n = np.where(v > 1, np.minimum(M * v, 2 * (p - stage - 1) + (v - 1) * p + 1), np.minimum(M, p - stage))
+    last = stage == _LAST
+    behind = 0 * p if last else p - 1 - stage  # stages after this one
+    # Warm-up and one more; chunks take turns, a group of micro-batches each: p, or where that does not divide them the
+    # next number that does. megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches
+    group = _group(M, p)
+    n = np.where(v > 1, np.minimum(M * v, 2 * behind + (v - 1) * group + 1), np.minimum(M, behind + 1))
     n = np.where(p == 1, 1, n)
     short = "loss_counts_as_layer" in job.flags if last else "embedding_counts_as_layer" in job.flags
     if not short or not np.any(v > 1):
         return n / np.where((p > 1) & (v > 1), v, 1) * here
     # One chunk, the stage's last or its first, has a layer less than the others
     each, which = (here + 1) / v, v - 1 if last else 0 * v
-    held = np.clip(n - which * p, 0, p) + np.clip(n - (v + which) * p, 0, p)
+    held = np.clip(n - which * group, 0, group) + np.clip(n - (v + which) * group, 0, group)
     return n * each - held
+
+
+def _group(M: Any, p: Any) -> Any:
+    """The least number from ``p`` on that divides ``M``; ``p`` where none does."""
+    found, most = 0 * M + p, int(np.max(p))
+    for more in range(2 * most, 0, -1):
+        size = p + more
+        found = np.where((M % p != 0) & (size <= M) & (M % np.maximum(size, 1) == 0), size, found)
+    return found
 
 
 def _first_chunk(job: Job) -> Any:
@@ -426,10 +470,8 @@ def state_bytes(job: Job) -> tuple[float, float]:
     Raises UnknownName for an optimizer that is in no table.
     """
     habits, name = framework(job.framework), job.optimizer.lower()
-    if habits.name == "plain" or job.precision == "fp32":
-        master = 0.0
-    else:
-        master = 4.0 if habits.parameter_bytes < 4 else 0.0
+    copied = habits.parameter_bytes < 4 and job.precision != "fp32"  # plain: what bursar.step does, no master copy
+    master = 4.0 if copied else 0.0
     own = STATE_BYTES.get(_ALIASES.get(name, name))
     if own is None:
         raise UnknownName("memory of an optimizer", job.optimizer, STATE_BYTES, "Add it to rank_memory.STATE_BYTES.")
@@ -438,13 +480,13 @@ def state_bytes(job: Job) -> tuple[float, float]:
     return own[0] + master, own[1] + master
 
 
-def _stage(job: Job, cluster: Cluster, last: bool) -> RankMemory:
-    case = _case(job, cluster)
+def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
+    case, last = _case(job, cluster), stage == _LAST
     model, lay, e = job.model, job.layout, case.e
     pp = np.asarray(lay.pp)
     one = pp == 1
     with_loss = one | last
-    kinds, ends = _blocks(job, case, last), _ends(job, last)
+    kinds, ends = _blocks(job, case, stage), _ends(job, stage)
     mtp = np.where(with_loss, model.mtp_layers, 0)
     last_kind = kinds[-1][1]
     # ---- parameters, gradients, states
@@ -454,10 +496,15 @@ def _stage(job: Job, cluster: Cluster, last: bool) -> RankMemory:
     zero, shards = np.asarray(lay.zero_stage), np.asarray(lay.shards)
     expert_shards = np.maximum(shards * lay.tp / (np.asarray(lay.ep) * lay.expert_tp), 1)
 
+    whole = _ALIASES.get(job.optimizer.lower(), job.optimizer.lower()) == "muon"
+
     def held(stage: int, of_matrix: Any, of_other: Any) -> Any:
         """Bytes of what `zero_stage` ``stage`` and beyond shard."""
         d, x = np.where(zero >= stage, shards, 1), np.where(zero >= stage, expert_shards, 1)
-        return (dense * of_matrix + other * of_other) / d + expert * of_matrix / x
+        made = (dense * of_matrix + other * of_other) / d + expert * of_matrix / x
+        if stage == 1 and whole:  # Muon needs whole matrices: a rank has some, and one of them the table
+            made = np.maximum(made, np.where(zero >= stage, ends.table * of_other + expert * of_matrix / x, 0))
+        return made
 
     fp32 = job.precision == "fp32"
     parameter, gradient = _element_bytes(job, case)
@@ -473,10 +520,12 @@ def _stage(job: Job, cluster: Cluster, last: bool) -> RankMemory:
     x = T * model.d_model / _sequence(job) * e
     here = sum(n for n, _ in kinds)
     saved = sum(n * _kept(job, b) for n, b in kinds)
-    layers = np.where(here > 0, held_layers(job, last, here) / np.maximum(here, 1e-9), 0) * saved
+    layers = np.where(here > 0, held_layers(job, stage, here) / np.maximum(here, 1e-9), 0) * saved
     layers = layers + mtp * (last_kind.saved + 3 * x)
-    activations = layers + np.where(one | (not last), _first_chunk(job) * x / e * case.dropout, 0)
+    activations = layers + np.where(one | (stage == _FIRST), _first_chunk(job) * x / e * case.dropout, 0)
     activations = activations + np.where(with_loss, 2 * x, 0)  # the last norm's input and output
+    if case.habits.name == "megatron-deepspeed":  # runtime/pipe/engine.py keeps a stage's outputs until their backward
+        activations = activations + np.where(with_loss, 0, _first_chunk(job) * x)
     if case.habits.name == "plain":
         made = _closed_form(job, job.seq_len)
         activations = layers + made.embedding.saved_bytes + made.head.saved_bytes
@@ -503,36 +552,43 @@ def _stage(job: Job, cluster: Cluster, last: bool) -> RankMemory:
     if case.habits.name == "megatron-deepspeed":
         bucket = np.minimum(constants()["buckets"]["deepspeed_elements"], dense + expert + other) * 2
         buffers = buffers + np.where((zero >= 1) & (shards > 1), bucket, 0)
+    buffers = buffers + held(3, 1, 1) * np.where(shards > 1, case.own["bucket_bytes"], 0)
+    late = held(3, 1, 1) * (0 if fp32 or job.precision == "fp16" else case.own["late_bytes"])
     workspace = _workspace(job, case)
     # ---- between steps
     steady = parameters + states + workspace + (gradients if case.own["gradients_stay"] else 0)
-    kept_over = _left_over(job, case, last, x)
+    kept_over = _left_over(job, case, stage, x)
     steady = steady + kept_over
     # ---- the fullest instant
     base = parameters + states + workspace + buffers
     several = case.own["gradients_stay"] | (np.asarray(job.micro_batches) > 1)
     at_loss = base + np.where(several, gradients, 0) + activations + logits
     at_block = base + np.where(several, gradients, 0) + activations + working + reduce
+    at_end = base + gradients + late + np.where(one, 0, activations * (1 - 1 / np.maximum(_first_chunk(job), 1)))
     at_update = base + gradients + elements * case.own["step_bytes"]
-    peak = np.maximum(np.maximum(at_loss, at_block), at_update)
+    peak = np.maximum(np.maximum(at_loss, at_block), np.maximum(at_end, at_update))
     loss_is = peak == at_loss
     block_is = ~loss_is & (peak == at_block)
+    end_is = ~loss_is & ~block_is & (peak == at_end)
     parts = {
         "parameters": parameters,
         "gradients": np.where((loss_is | block_is) & ~np.asarray(several), 0, gradients),
         "optimizer_state": states,
-        "activations": np.where(loss_is | block_is, activations, 0),
+        "activations": np.where(loss_is | block_is, activations, np.where(end_is, at_end - base - gradients - late, 0)),
         "logits": np.where(loss_is, logits, 0),
         "collective_buffers": buffers + np.where(block_is, reduce, 0),
-        "temporary": np.where(block_is, working, np.where(loss_is, 0, elements * case.own["step_bytes"])),
+        "temporary": np.select(
+            [block_is, loss_is, end_is], [working, 0 * peak, late], elements * case.own["step_bytes"]
+        ),
         "workspaces": workspace + 0 * peak,
     }
     parts = {name: _plain(value) for name, value in parts.items()}
     total = sum(parts.values())
     # Freed blocks seldom suit what comes next: a pool grows to the sum of what each kind takes at its fullest
-    most = base + gradients + activations + np.maximum(logits, working + reduce)
-    reserved = np.maximum(most, total) + constants()["allocator"]["segment_bytes"]
-    device = reserved + constants()["context"]["cuda_bytes"] + constants()["context"]["nccl_bytes"] * _groups(job)
+    most = base + gradients + late + activations + np.maximum(logits, working + reduce)
+    reserved = np.maximum(most, total * (1 + constants()["allocator"]["least_reserve"]))
+    outside = constants()["context"]
+    device = reserved + outside["cuda_bytes"] + outside["driver_bytes"] + outside["nccl_bytes"] * _groups(job)
     return RankMemory(total, _plain(steady), _plain(reserved), _plain(device), parts)
 
 
@@ -545,11 +601,9 @@ def _element_bytes(job: Job, case: _Case) -> tuple[float, float]:
         return 4.0, 4.0
     given = case.habits.gradient_bytes
     parameter = case.habits.parameter_bytes
-    if job.precision == "fp8" and case.engine:
-        parameter = parameter + 2 if "fp8_param_gather" not in job.flags else 2  # 8-bit weights and their transposes
+    if case.eighth and "fp8_param_gather" not in job.flags:
+        parameter = parameter + 2  # 8-bit weights and their transposes beside those of 16 bits
     gradient = job.gradient_bytes or given.get(job.precision, given["bf16"])
-    if case.habits.name == "megatron-deepspeed" and job.precision == "bf16":
-        gradient = gradient + 2  # BF16_Optimizer adds bf16 gradients to fp32 ones
     return parameter, gradient
 
 
@@ -560,12 +614,12 @@ def _kept(job: Job, b: Block) -> Any:
     return b.input / job.recompute_every + b.saved * (1 - 1 / job.recompute_every)
 
 
-def _left_over(job: Job, case: _Case, last: bool, x: Any) -> Any:
+def _left_over(job: Job, case: _Case, stage: int, x: Any) -> Any:
     """What Megatron's modules still point to between steps."""
     if case.habits.name not in MEGATRON:
         return 0
     pp, v = np.asarray(job.layout.pp), np.asarray(job.layout.virtual_stages)
-    chunks = np.where(pp > 1, np.where(v > 1, v, 1) - (0 if last else 1), 0)
+    chunks = np.where(pp > 1, np.where(v > 1, v, 1) - (1 if stage == _FIRST else 0), 0)
     left = 2 * x * chunks  # each chunk's last input and its gradient; transformer_block.py, set_input_tensor
     if case.local:  # parallel_state.get_global_memory_buffer, dot_product_attention.py: the scores' buffer
         left = left + job.micro_batch * job.model.n_heads / job.layout.tp * job.seq_len**2 * case.e
@@ -579,7 +633,7 @@ def _workspace(job: Job, case: _Case) -> float:
     size = "hopper_bytes" if case.new else "default_bytes"
     made = float(cublas["deterministic_bytes" if "deterministic" in job.flags else size] * cublas["handles"])
     if case.engine:
-        grouped = engine["grouped_streams"] if job.model.n_experts else 0
+        grouped = engine["grouped_streams"] if job.model.n_experts and "sequential_experts" not in job.flags else 0
         made += engine[size] * (1 + grouped)
     return made
 

@@ -160,8 +160,13 @@ def _ranks(cell: _Cells) -> int:
 def _job(cell: _Cells, flags: dict[str, str]) -> Job:
     habits = _habits(cell)
     model = _decoder(cell, flags)
-    n_gpus = cell.count("n_gpus", 0) or _ranks(cell)
     tp, pp, cp = (cell.count(c, 1) for c in ("tp", "pp", "cp"))
+    n_gpus = cell.count("n_gpus", 0) or _ranks(cell)
+    if "ci_platform" in flags and not cell.text("n_gpus"):
+        # Megatron's CI runs on one node of 8, or on as many as one group of experts needs
+        experts = cell.count("ep", 1) * int(flags.get("etp") or (tp if model.n_experts else 1))
+        n_gpus = max(8, tp * pp * cp * max(1, experts // (tp * cp)))
+        cell.assumed.append(f"{n_gpus} GPUs (the source prints none: one node, or what its experts need)")
     if not cell.text("tp") and "model_parallel" in flags:
         tp, pp = _split(_number_in(flags, "model_parallel", 1), cell.count("gpus_per_node", 8), model.n_layers)
         cell.assumed.append(f"tp = {tp}, pp = {pp} (the source prints their product only)")
@@ -173,12 +178,13 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
         cell.assumed.append(f"{dp * tp * pp * cp} GPUs (the layout's, where the source says {n_gpus})")
     stages, ends = _pipeline(flags, pp)
     stages = cell.count("virtual_stages", stages or 1)
-    flags = {**flags, **ends}
+    flags = {**flags, **ends, **_hints(cell, flags)}
     layout = Layout(
         dp, tp, pp, cp,
         ep=cell.count("ep", 1),
         expert_tp=_number_in(flags, "etp", tp if habits.name == "megatron" and model.n_experts else 1),
-        fsdp=cell.count("fsdp", 1),
+        # torchtitan shards over the ranks of cp too, and prints the degree without them; distributed/parallel_dims.py
+        fsdp=cell.count("fsdp", 1) * (cp if habits.name == "torchtitan" else 1),
         zero_stage=cell.count("zero_stage", habits.zero_stage, f"{habits.title}'s default"),
         reshard_after_forward=cell.count("reshard_after_forward", 1),
         sequence_parallel=cell.count("sequence_parallel", habits.sequence_parallel if tp > 1 else 0,
@@ -267,10 +273,29 @@ def _optimizer(cell: _Cells) -> str:
 
 
 def _scores_stored(flags: Mapping[str, str]) -> bool:
-    """Megatron's own layers store the scores. So did Transformer Engine where determinism was asked of flash-attn before
-    2.4.1, which has no deterministic backward: the containers of CI's first clusters (`get_attention_backend`)."""
+    """Megatron's own layers store the scores. So did Transformer Engine where determinism was asked of a flash-attn
+    before 2.4.1, whose backward has none: the containers of CI's first clusters (`get_attention_backend`)."""
     old = "dracooci" in flags.get("ci_platform", "") and "deterministic" in flags
     return flags.get("impl") == "local" or old
+
+
+def _hints(cell: _Cells, flags: Mapping[str, str]) -> dict[str, str]:
+    """What Megatron's CI says of a run in its name only, or not at all."""
+    if "ci_platform" not in flags:
+        return {}
+    name, found = cell.text("model"), {}
+    grouped = "grouped" in name or "etp" in flags or "tiny_model" not in flags
+    if cell.count("n_experts", 0) and not grouped and cell.text("moe_d_ff") in ("", cell.text("d_ff")):
+        found["sequential_experts"] = "1"  # no --moe-grouped-gemm
+    if "qk_layernorm" in name:
+        found["qk_layernorm"] = "1"
+    return found
+
+
+def _gpt_like(family: str, flags: Mapping[str, str]) -> bool:
+    """GPT's block: LayerNorm, learned positions. Megatron's CI puts SwiGLU and experts into that one."""
+    tiny = "ci_platform" in flags and "tiny_model" in flags and not flags.get("mla") and family in ("llama", "moe")
+    return family in ("gpt", "bert", "t5") or tiny
 
 
 def _dense_first(flags: Mapping[str, str]) -> int:
@@ -341,8 +366,8 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
         d_ff, gated, vocabulary,
         tied == "1" if tied else family not in ("llama", "moe", "mla_moe"),
         bias=family in ("gpt", "bert", "t5"),
-        norm="layernorm" if family in ("gpt", "bert", "t5") else "rmsnorm",
-        learned_positions=cell.must("seq_len") if family in ("gpt", "bert", "t5") else 0,
+        norm="layernorm" if _gpt_like(family, flags) else "rmsnorm",
+        learned_positions=cell.must("seq_len") if _gpt_like(family, flags) else 0,
         n_experts=experts,
         experts_per_token=cell.count("experts_per_token", min(2, experts)) if experts else 0,
         moe_d_ff=moe_d_ff if experts else 0,
