@@ -80,7 +80,7 @@ def test_flops_and_parameters_are_those_of_the_closed_form_kernel_by_kernel(name
     assert parameters(decoder(shape)) == kernels.parameters
 
 
-@pytest.mark.parametrize("layers, width, heads", [(24, 2304, 24), (96, 12288, 96), (128, 25600, 160)])
+@pytest.mark.parametrize(("layers", "width", "heads"), [(24, 2304, 24), (96, 12288, 96), (128, 25600, 160)])
 def test_with_stored_scores_and_full_recompute_flops_are_megatrons_formula(layers, width, heads):
     """96 B s L h² (1 + s/6h + V/16Lh). Source: Narayanan et al. 2021, equation 3."""
     s, V = 2048, 51200
@@ -336,7 +336,7 @@ def test_less_power_for_the_same_units_is_a_lower_clock():
 
 
 @pytest.mark.parametrize(
-    "schedule, chunks, share",
+    ("schedule", "chunks", "share"),
     [
         ("gpipe", 1, 1),
         ("1f1b", 1, 1),

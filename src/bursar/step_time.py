@@ -649,7 +649,7 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     pp, M, chunks = c["pp"], c["micro_batches"], c["virtual_stages"]
     extra = model.mtp_layers
     n_layers = model.n_layers + model.n_encoder_layers
-    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks)
+    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks, extra)
 
     sharded = _sharded_parameters(job, habits, c, links, speed, F, B, R, most)
     per_layer = _sum(F, B, R)
