@@ -134,7 +134,7 @@ def wires(cluster: Cluster) -> Wires:
 
 def inside(links: Wires, ranks: Any, stride: Any) -> Any:
     """How many of a group's ``ranks``, ``stride`` devices apart, share one domain: at least one."""
-    return np.clip(links.domain // np.maximum(stride, 1), 1, ranks)
+    return np.minimum(np.maximum(links.domain // np.maximum(stride, 1), 1), ranks)
 
 
 def collective_seconds(links: Wires, op: str, n_bytes: Any, ranks: Any, stride: Any = 1) -> Any:
