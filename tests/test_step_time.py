@@ -219,6 +219,21 @@ def test_sharded_parameters_are_gathered_for_every_micro_batch():
     )
 
 
+def test_gathering_parameter_by_parameter_costs_a_ring_s_steps_each_time():
+    """Small messages on many ranks: sixteen calls a layer wait sixteen times as long as one; one rank waits for none."""
+    big, alone = (
+        [
+            step_time(Job(GPT, 2048, Layout(dp=n, zero_stage=3), 1, 1, "fp16", framework=f), Cluster(A100, n)).parts[
+                "dp"
+            ]
+            for f in ("deepspeed", "fsdp")
+        ]
+        for n in (1024, 1)
+    )
+    assert big[0] > 4 * big[1]
+    assert alone == [0, 0]
+
+
 def test_a_small_model_in_eager_mode_waits_for_the_host_and_a_graph_does_not():
     tiny = replace(GPT, d_model=256, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=1024)
     job = Job(tiny, 256, Layout(), 1, 1, framework="megatron")

@@ -850,12 +850,17 @@ def _sharded_parameters(
     reduced = _reduced_bytes(job, habits)
     shards = np.where(c["fsdp"] > 1, c["fsdp"], c["dp"] * c["cp"])
     stride = c["tp"]
-    gather = collective_seconds(links, "all_gather", one * width, shards, stride)
-    scatter = collective_seconds(links, "reduce_scatter", one * reduced, shards, stride)
+    calls = habits.gather_calls
+    gather = calls * collective_seconds(links, "all_gather", one * width / calls, shards, stride)
+    scatter = calls * collective_seconds(links, "reduce_scatter", one * reduced / calls, shards, stride)
     replicas = c["dp"] * c["cp"] / shards
     summed = collective_seconds(links, "all_reduce", one * reduced / shards, replicas, stride * shards)
-    again = np.where(c["reshard_after_forward"] > 0, gather, 0.0)
+    # parameter by parameter, a block made again lets go of what backward then gathers once more
+    times = 2 if calls > 1 and job.recompute == "full" else 1
+    again = np.where(c["reshard_after_forward"] > 0, times * gather, 0.0)
     hidden_forward, hidden_backward = np.minimum(gather, forward), np.minimum(again + scatter + summed, backward)
+    if not habits.overlap_gathers:
+        hidden_forward, hidden_backward = 0.0 * gather, 0.0 * gather
     slow = coefficient("network_sms") / speed.units
     shown = gather + again + scatter + summed - hidden_forward - hidden_backward
     shown = shown + slow * (hidden_forward + hidden_backward)

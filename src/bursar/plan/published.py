@@ -264,10 +264,12 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
 def _habits(cell: _Cells) -> Framework:
     """The framework's row; for one that has none, the habits of its kind: sharded like FSDP, or like Megatron."""
     name = cell.text("framework")
+    sharded = cell.text("zero_stage") == "3" or cell.count("fsdp", 1) > 1
+    if sharded and "deepspeed" in name.lower():
+        return framework("deepspeed")
     try:
         return framework(name)
     except UnknownName:
-        sharded = cell.text("zero_stage") == "3" or cell.count("fsdp", 1) > 1
         like = framework("fsdp" if sharded else "megatron")
         cell.assumed.append(f"what {name or 'an unnamed framework'} does by default is taken from {like.title}")
         return like
