@@ -401,7 +401,8 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
     done = 2 * (model.query_width + model.value_width) * kept * x.b / tp / x.cp
     seen = model.sliding_window if windowed and model.sliding_window else S / x.cp
     p.forward.add("attention", attention_seconds(x.rates, done, seen, dqk), 1)
-    p.backward.add("attention", attention_seconds(x.rates, 2 * done, seen, dqk, backward=True), 2)
+    # published rates count five products backward for the two forward: the scores are made again
+    p.backward.add("attention", attention_seconds(x.rates, 5 * done / 2, seen, dqk, backward=True), 2)
     # keys and values go round the ring while the kernel works on those that are here
     held = (model.n_kv_heads * model.head_dim * 2 if model.latent is None else model.query_width * 2) / tp * x.n * e
     ring = np.where(x.cp > 1, (x.cp - 1) * send_seconds(x.links, held, tp), 0.0)
@@ -466,7 +467,10 @@ def _mixture(x: _Context, p: _Passes) -> None:
     sent = own * k * D * e
     # permuted for the ranks and again for the experts, and put back with their weights
     dropping = "tokendrop" in x.job.flags
-    passes = coefficient("permute_passes_unfused" if dropping else "permute_passes")
+    joined = x.job.flags.get("dispatcher") == "hybridep"
+    passes = coefficient(
+        "permute_passes_unfused" if dropping else "permute_passes_joined" if joined else "permute_passes"
+    )
     p.forward.stream(2 * own * D * e + passes * sent, 4 + 8 * dropping)
     p.backward.stream(2 * own * D * e + (passes + 1) * sent, 5 + 10 * dropping)
     if dropping:  # each expert picks its tokens: a sort of the whole map
