@@ -653,7 +653,11 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     pp, M, chunks = c["pp"], c["micro_batches"], c["virtual_stages"]
     extra = model.mtp_layers
     n_layers = model.n_layers + model.n_encoder_layers
-    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks, extra)
+    head = _sum(last, _scale(_sum(F, B, R, last), extra)) if extra else last
+    one = _total(_sum(F, B, R))
+    counted = habits.name == "megatron-deepspeed"
+    before, after = (1.0, 1.0) if counted else (_total(first) / one, _total(head) / one)
+    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks, before, after)
     held = _held(job, c, most)
 
     sharded = _sharded_parameters(job, habits, c, links, speed, held, _total(F), _total(B) + _total(R))
@@ -661,8 +665,7 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     if sharded is not None:
         per_layer = _sum(per_layer, sharded["layer"])
         first = _sum(first, sharded["ends"])
-    one = _total(per_layer)
-    head = _sum(last, _scale(_sum(per_layer, last), extra)) if extra else last
+        one = _total(per_layer)
     stages = [most * one, n_first * one + _total(first), n_last * one + _total(head)]
     single = pp == 1
     whole = n_layers * one + _total(first) + _total(head)
@@ -686,20 +689,20 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     parts = _sum(parts, done)
     parts = _sum(parts, _update(job, habits, c, speed, held))
     seconds = _total(parts)
-    counted = flops(job)
+    work = flops(job)
     samples = np.broadcast_to(np.asarray(job.samples, dtype=float), shape)
 
     def out(value: Array) -> Array:
         return _shaped(value, shape)
 
-    model_flops = samples * counted.model
+    model_flops = samples * work.model
     notes = ("the network's speed is assumed: one 400 Gb/s adapter per accelerator",) if links.assumed else ()
     peak = cluster.accelerator.peak(product_dtype(cluster.accelerator, job.precision))
     total = out(seconds)
     return StepTime(
         total,
         {k: out(parts.get(k, 0.0) * np.ones(seconds.shape)) for k in PARTS},
-        _plain(model_flops), _plain(samples * counted.hardware), _plain(samples * counted.full_square),
+        _plain(model_flops), _plain(samples * work.hardware), _plain(samples * work.full_square),
         _plain(model_flops / (np.asarray(total) * peak * np.asarray(lay.ranks))),
         {k: out(v) for k, v in _traffic(job, habits, c, held).items()},
         notes,
@@ -744,9 +747,12 @@ def _scale(parts: Mapping[str, Array], by: Array) -> dict[str, Array]:
 
 
 def _with_host(p: _Pass, host: float, fixed: float = 0.0, waits: bool = False) -> dict[str, Array]:
-    """Seconds by part; what the host takes beyond the device is overhead, all of it where the host ``waits``."""
-    needs = host * p.kernels + fixed
-    return {**p.seconds, "overhead": needs if waits else np.maximum(needs - p.total, 0.0)}
+    """Seconds by part; what the host takes beyond the device is overhead.
+
+    A host that ``waits`` for the device in the middle of a pass has to fill the queue again.
+    """
+    again = host * coefficient("host_restart_kernels") if waits else 0.0
+    return {**p.seconds, "overhead": np.maximum(host * p.kernels + fixed - p.total, 0.0) + again}
 
 
 def _both(p: _Passes, host: float) -> dict[str, Array]:
