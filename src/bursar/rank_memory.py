@@ -550,7 +550,8 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
         parameter, gradient = 2 + (parameter - 2) * trained, gradient * trained
         matrix_state, other_state = matrix_state * trained, other_state * trained
     if "bf16_states" in job.flags:
-        parameter, gradient, matrix_state, other_state = 2.0, 2.0, matrix_state / 2, other_state / 2
+        parameter, gradient, other_state = 2.0, 2.0, other_state / 2
+        matrix_state = matrix_state if "8bit" in job.optimizer else matrix_state / 2
     if "offload_states" in job.flags:  # and their update with them
         matrix_state = other_state = trained = 0.0
     if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
