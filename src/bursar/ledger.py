@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bursar import memory
 from bursar.errors import BadInput
@@ -43,6 +43,26 @@ class Row(NamedTuple):
     work: Work
     allocated_bytes: int
     reads_weight: bool = False  # whether an operand of a product is a parameter or its cast copy
+
+
+class Operand(NamedTuple):
+    """A tensor in a `Call`. ``storage`` is its storage's place in the ledger, -1 where that is not on the device."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str  # torch's name: float32
+    storage: int
+
+
+class Call(NamedTuple):
+    """How a row's op was called: enough to call it again. Written where the ops are this machine's own."""
+
+    op: str  # with its overload: aten.add.Tensor
+    args: tuple[Any, ...]  # each tensor as an `Operand`
+    kwargs: tuple[tuple[str, Any], ...]
+    outputs: tuple[Operand, ...]
+    site: int  # the number of the call in Python that it came from: one may run many ops
+    views: int  # views made since the row before
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +149,7 @@ class Ledger:
     versions: Mapping[str, str] = field(default_factory=dict)
     partial: bool = False
     replicas: int = 1  # data-parallel ranks doing the same; the rows are one rank's, `flops` the whole job's
+    calls: tuple[Call, ...] = ()  # of the recorded rows, in their order; none where the ops are another machine's
 
     def __len__(self) -> int:
         return len(self.rows) - self.first_row

@@ -12,6 +12,8 @@ import itertools
 import pickle
 from typing import Any
 
+import numpy as np
+
 from bursar import allocator
 from bursar.errors import printable
 from bursar.ledger import Ledger
@@ -40,22 +42,20 @@ def snapshot(ledger: Ledger, forecast: Forecast | None = None) -> dict[str, Any]
     trace: list[dict[str, Any]] = []
     segments: list[dict[str, Any]] = []
     live: dict[int, tuple[int, int, list[dict[str, Any]]]] = {}  # address: (rounded, asked for, frames)
-    held = 0
-    placing = allocator.replay((storage, n) for _, storage, n in events)
-    for (row, storage, n), placed in zip(events, placing, strict=True):
-        if placed is None:
-            continue
+    table = np.array(events, np.int64).reshape(-1, 3)
+    for placed in allocator.placements(table[:, 1], table[:, 2]):
+        row, storage, _ = events[placed.event]
         when = at[min(max(0, row), len(at) - 1)]
         frames, category = _frames(ledger, storage, row), _category(ledger, storage)
         address = _BASE + placed.address
         entry = {"addr": address, "stream": 0, "time_us": when, "frames": frames}
-        if placed.segment_bytes:
-            trace.append({**entry, "action": "segment_alloc", "addr": _BASE + held, "size": placed.segment_bytes})
-            segments.append(_segment(_BASE + held, placed.segment_bytes))
-            held += placed.segment_bytes
-        if n > 0:
-            live[address] = (placed.n_bytes, n, frames)
-            trace.append({**entry, "action": "alloc", "size": n, "category": category})
+        if placed.segment is not None:
+            begins, size = _BASE + placed.segment[0], placed.segment[1]
+            trace.append({**entry, "action": "segment_alloc", "addr": begins, "size": size})
+            segments.append(_segment(begins, size))
+        if placed.asked_bytes > 0:
+            live[address] = (placed.n_bytes, placed.asked_bytes, frames)
+            trace.append({**entry, "action": "alloc", "size": placed.asked_bytes, "category": category})
         else:
             _, asked, made = live.pop(address)
             trace += (
