@@ -63,6 +63,7 @@ NAV: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("Python: catalogues", "reference:catalogues"),
             ("Python: the ledger", "reference:ledger"),
             ("Python: prices", "reference:prices"),
+            ("Python: planning", "reference:planning"),
             ("Python: measuring", "reference:measuring"),
         ),
     ),
@@ -90,9 +91,10 @@ LATER = {"docs/scoreboard.md"}  # written by `bursar validate`; its entry stands
 # The public modules, by page; `bursar` itself stands for its `__all__`.
 PUBLIC: dict[str, tuple[str, ...]] = {
     "bursar": ("bursar", "bursar.errors"),
-    "catalogues": ("bursar.hardware", "bursar.architecture", "bursar.optimizers", "bursar.jobs", "bursar.frameworks"),
+    "catalogues": ("bursar.hardware", "bursar.architecture", "bursar.optimizers"),
     "ledger": ("bursar.ledger", "bursar.memory", "bursar.rules", "bursar.report.record"),
     "prices": ("bursar.roofline", "bursar.network", "bursar.operation", "bursar.run", "bursar.units"),
+    "planning": ("bursar.jobs", "bursar.frameworks", "bursar.step_time", "bursar.rank_memory", "bursar.schedule"),
     "measuring": ("bursar.meter.live", "bursar.meter.adapters", "bursar.reconcile", "bursar.probe"),
 }
 
