@@ -509,12 +509,20 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     fp32 = job.precision == "fp32"
     parameter, gradient = _element_bytes(job, case)
     matrix_state, other_state = state_bytes(job)
+    trained = float(job.flags.get("trainable") or 1)  # share of the parameters; the rest is frozen, in 16 bit
+    if trained < 1:
+        parameter, gradient = 2 + (parameter - 2) * trained, gradient * trained
+        matrix_state, other_state = matrix_state * trained, other_state * trained
+    if "bf16_states" in job.flags:
+        parameter, gradient, matrix_state, other_state = 2.0, 2.0, matrix_state / 2, other_state / 2
+    if "offload_states" in job.flags:  # and their update with them
+        matrix_state = other_state = trained = 0.0
     if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
         matrix_state, other_state = matrix_state + 4, other_state + 4  # the gradient of the master copy, kept
     parameters = held(3, parameter, parameter)
     gradients = held(2, gradient, gradient)
     states = held(1, matrix_state, other_state)
-    elements = held(1, 1, 1)
+    elements = held(1, trained, trained)
     # ---- activations
     T = job.micro_batch * job.seq_len / lay.cp
     x = T * model.d_model / _sequence(job) * e
@@ -540,7 +548,8 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     if case.habits.name == "plain":
         # the log-softmax is among what backward keeps; its gradient and the logits' come on top
         logit = {"fp32": 8, "bf16": 4}.get(job.precision, 10)
-    logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0)
+    logit = min(logit, float(job.flags.get("logit_bytes") or logit))  # a loss that is not the framework's
+    logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0) / float(job.flags.get("loss_chunks") or 1)
     # ---- buffers
     unit = 0.0 * ends.table + ends.table
     for _, b in kinds:

@@ -11,19 +11,18 @@ of it is arithmetic on arrays, a group of layouts at a time.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 
 from bursar.errors import BadInput, NoAnswer, UnknownName
 from bursar.hardware import Cluster
 from bursar.jobs import PRECISIONS, SCHEDULES, Decoder, Job, Layout
+from bursar.plan.intervals import factors
 from bursar.rank_memory import rank_memory
 from bursar.run import price_of, spent
 from bursar.step_time import step_time
@@ -111,8 +110,8 @@ class Choice:
     seconds: float | None = None  # of the run
     usd: float | None = None
     kwh: float | None = None
-    step_interval: tuple[float, float] | None = None  # 80 %, seconds
-    peak_interval: tuple[float, float] | None = None  # 80 %, bytes
+    step_interval: tuple[float, float] = (0.0, math.inf)  # 80 %, seconds
+    peak_interval: tuple[float, float] = (0.0, math.inf)  # 80 %, bytes
 
     @property
     def batch_tokens(self) -> int:
@@ -163,8 +162,8 @@ class Choice:
             "tokens_per_gpu_second": self.tokens_per_gpu_second,
             "gpu_hours": None if self.seconds is None else self.cluster.count * self.seconds / 3600,
             "kwh": self.kwh,
-            "step_seconds_80": self.step_interval,
-            "peak_bytes_80": self.peak_interval,
+            "step_seconds_80": list(self.step_interval),
+            "peak_bytes_80": list(self.peak_interval),
             "time": dict(self.time),
             "memory": dict(self.memory),
         }
@@ -503,13 +502,10 @@ def priced(question: Question, job: Job, cluster: Cluster) -> Choice:
     )  # fmt: skip
 
 
-def _interval(job: Job, cluster: Cluster, target: str, value: float) -> tuple[float, float] | None:
-    """The 80 % interval around a forecast, from the errors on published runs of its kind; None where none are known."""
-    known = _factors()
-    if known is None:
-        return None
-    low, high = known(job, cluster, target)
-    return value * low, value * high
+def _interval(job: Job, cluster: Cluster, target: str, value: float) -> tuple[float, float]:
+    """The 80 % interval around a forecast, from the errors on published runs of its kind."""
+    found = factors(job, cluster, target)
+    return value * found.low, value * found.high
 
 
 # ---- several clusters
@@ -527,16 +523,6 @@ def counts(low: int, high: int, node: int) -> list[int]:
     for k in range(high.bit_length() + 1):
         steps |= {1 << k, 3 << k}
     return sorted(n for n in steps if low <= n <= high and (n % node == 0 or n < node or n in (low, high)))
-
-
-@cache
-def _factors() -> Callable[[Job, Cluster, str], tuple[float, float]] | None:
-    """`plan.intervals.factors`, where there is one."""
-    try:
-        module = importlib.import_module("bursar.plan.intervals")
-    except ImportError:
-        return None
-    return cast("Callable[[Job, Cluster, str], tuple[float, float]]", module.factors)
 
 
 # ---- words
@@ -575,6 +561,13 @@ def _notes(question: Question, best: Sequence[Choice]) -> tuple[str, ...]:
                 f"{device.price_date}"
             )
         said.extend(step_time(best[0].job, best[0].cluster).assumptions)
+    if best:
+        for target, what in (("step_time", "step"), ("peak_memory", "peak")):
+            known = factors(best[0].job, best[0].cluster, target)
+            runs = f"the errors on {known.rows} published runs, those like it weighing more ({', '.join(known.tables)})"
+            said.append(
+                f"80 % interval of the {what}: {runs if known.tables else 'no published run is at hand; a guess'}"
+            )
     said.append(
         f"{question.framework}'s habits, {question.attention} attention, {question.optimizer}; "
         f"{', '.join(question.precisions)}"
