@@ -22,7 +22,7 @@ import bisect
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ROUND_BYTES = 512
 SMALL_BYTES = 2**20
 SMALL_SEGMENT, LARGE_SEGMENT, LARGE_FROM = 2 * 2**20, 20 * 2**20, 10 * 2**20
+_LARGE_POOL = 2**44  # where `placements` lets it begin
 _BITS = 30  # of a block's number within its key, its address above them
 _BLOCK = 2**_BITS - 1
 
@@ -87,13 +88,58 @@ def replay(
     held = segments = 0
     for g in np.unique(group).tolist():
         here = group == g
-        run = _expandable if expandable_segments else _segments
-        more, count, unsplit = run(numbers[here].tolist(), sizes[here].tolist(), len(of_alloc), g % 2 == 0)
-        held, segments = held + more, segments + count
+        its = numbers[here].tolist(), sizes[here].tolist(), len(of_alloc), g % 2 == 0
+        if expandable_segments:
+            more, count = _expandable(*its)
+            held, segments = held + more, segments + count
+            continue
+        made, unsplit, _ = _segments(*its)
+        held, segments = held + sum(n_bytes for _, _, n_bytes in made), segments + len(made)
         for number, rest in unsplit:
             slack[of_alloc[number]] += rest
             slack[of_free[number]] -= rest
     return Held(int(np.cumsum(sizes + slack[:-1]).max()), held, segments)
+
+
+class Placed(NamedTuple):
+    """One request in order: the event it belongs to, bytes asked for or (negative) given back, and where its block is.
+
+    Addresses count from 0 in each of the two pools; the large one begins far above the small.
+    """
+
+    event: int
+    asked_bytes: int
+    address: int
+    n_bytes: int  # rounded
+    segment: tuple[int, int] | None  # address and bytes of the segment that was taken from CUDA for it
+
+
+def placements(storages: np.ndarray, deltas: np.ndarray) -> list[Placed]:
+    """Where each request of a stream of events lies, as `replay` takes them on one stream.
+
+    >>> import numpy as np
+    >>> [p.address for p in placements(np.array([0, 1, 0, 2]), np.array([1, 1, -1, 1]))]
+    [0, 512, 0, 0]
+    """
+    import numpy as np
+
+    signed, numbers, order = _requests(np.asarray(storages), np.asarray(deltas))
+    rounded = -(-np.abs(signed) // ROUND_BYTES) * ROUND_BYTES
+    n = int((signed > 0).sum())
+    address = np.zeros(n, np.int64)
+    segment: dict[int, tuple[int, int]] = {}
+    for base, here in ((0, rounded <= SMALL_BYTES), (_LARGE_POOL, rounded > SMALL_BYTES)):
+        its, sizes = numbers[here], np.where(signed > 0, rounded, -rounded)[here]
+        made, _, where = _segments(its.tolist(), sizes.tolist(), n, base == 0)
+        mine = np.unique(its)
+        address[mine] = base + np.array(where, np.int64)[mine]
+        segment |= {number: (base + at, n_bytes) for number, at, n_bytes in made}
+    return [
+        Placed(event, asked, int(address[number]), size, segment.get(number) if asked > 0 else None)
+        for event, asked, number, size in zip(
+            order.tolist(), signed.tolist(), numbers.tolist(), rounded.tolist(), strict=True
+        )
+    ]
 
 
 def _requests(storages: np.ndarray, deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,10 +195,13 @@ def _each_once(storages: np.ndarray, deltas: np.ndarray) -> tuple[np.ndarray, np
     return deltas[order], numbers[order], order
 
 
-def _segments(numbers: list[int], sizes: list[int], n: int, small: bool) -> tuple[int, int, list[tuple[int, int]]]:
-    """One pool of one stream: bytes held, segments made, and (allocation, rest) where a block was not split.
+def _segments(
+    numbers: list[int], sizes: list[int], n: int, small: bool
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]], list[int]]:
+    """One pool of one stream: segments made as (allocation, address, bytes), (allocation, rest) where a block was not
+    split, and the address of each allocation.
 
-    ``numbers`` says which of ``n`` allocations an event is of.
+    ``numbers`` says which of ``n`` allocations an event is of. Addresses count from 0, segments stand in a row.
     """
     # Blocks by number, 0 for no block: bytes while free (else 0), neighbours, and how they stand in a bin
     room = 2 * len(sizes) + 2
@@ -162,7 +211,8 @@ def _segments(numbers: list[int], sizes: list[int], n: int, small: bool) -> tupl
     where = [0] * n  # by allocation: its block
     larger: dict[int, int] = {}  # by allocation: the bytes of its block, where that was not split
     unsplit: list[tuple[int, int]] = []
-    made = top = held = segments = 0
+    segments: list[tuple[int, int, int]] = []
+    made = top = 0
     least_rest = ROUND_BYTES if small else SMALL_BYTES + ROUND_BYTES
     number_of, rounded_address = _BLOCK, 2**_BITS // ROUND_BYTES
     get, push, pop, insert, find = bins.get, heapq.heappush, heapq.heappop, bisect.insort, bisect.bisect_right
@@ -196,7 +246,8 @@ def _segments(numbers: list[int], sizes: list[int], n: int, small: bool) -> tupl
                         length = LARGE_SEGMENT if size < LARGE_FROM else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
                     block = made = made + 1
                     key[block] = top * rounded_address + block
-                    top, held, segments = top + length, held + length, segments + 1
+                    segments.append((number, top, length))
+                    top += length
                 where[number] = block
                 rest = length - size
                 if rest >= least_rest:
@@ -234,11 +285,11 @@ def _segments(numbers: list[int], sizes: list[int], n: int, small: bool) -> tupl
                 insert(known, size)
             else:
                 push(heap, key[block])
-    return held, segments, unsplit
+    return segments, unsplit, [(key[block] >> _BITS) * ROUND_BYTES for block in where]
 
 
-def _expandable(numbers: list[int], sizes: list[int], n: int, small: bool) -> tuple[int, int, list[tuple[int, int]]]:
-    """One pool of one stream as a segment that grows: as `_segments`, which see; every rest is split off."""
+def _expandable(numbers: list[int], sizes: list[int], n: int, small: bool) -> tuple[int, int]:
+    """One pool of one stream as a segment that grows: its bytes, and how often it grew. Every rest is split off."""
     room = 2 * len(sizes) + 2
     free, after, before, key = [0] * room, [0] * room, [0] * room, [0] * room
     bins: dict[int, list[int]] = {}
@@ -326,4 +377,4 @@ def _expandable(numbers: list[int], sizes: list[int], n: int, small: bool) -> tu
                 insert(known, size)
             else:
                 push(heap, key[block])
-    return top, grown, []
+    return top, grown

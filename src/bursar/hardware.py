@@ -91,6 +91,26 @@ class Cluster:
 
     accelerator: Accelerator
     count: int = 1
+    own_node_size: int | None = None  # where this cluster differs from the catalogue: accelerators of one node,
+    own_node_bytes_per_s: float | None = None  # the network of one node, one direction,
+    own_scaleup_size: int | None = None  # accelerators that NVLink joins
+
+    @property
+    def node_size(self) -> int:
+        """Accelerators of one node; 8 where nobody says (see `assumptions`)."""
+        return self.own_node_size or self.accelerator.node_size or 8
+
+    @property
+    def node_bytes_per_s(self) -> float | None:
+        """The network of one node, one direction."""
+        return self.own_node_bytes_per_s or self.accelerator.node_bytes_per_s
+
+    @property
+    def scaleup_size(self) -> int:
+        """Accelerators that NVLink, or its like, joins: a node, or a rack of them."""
+        if self.accelerator.scaleup_bytes_per_s is None:
+            return 1
+        return self.own_scaleup_size or self.accelerator.scaleup_size or self.node_size
 
     def __post_init__(self) -> None:
         if isinstance(self.count, bool) or not isinstance(self.count, int) or not 1 <= self.count <= _MOST:

@@ -57,7 +57,9 @@ def _cublas(ledger: Ledger, cluster: Cluster) -> Iterator[Workspace]:
 
 def _flash(rows: list[Row]) -> Iterator[Workspace]:
     """The query's gradient summed in fp32 and a sum per query; K's and V's by query head where heads are shared."""
-    most = max((_flash_bytes(r) for r in rows if r.op == "aten._scaled_dot_product_flash_attention_backward"), default=0)
+    most = max(
+        (_flash_bytes(r) for r in rows if r.op == "aten._scaled_dot_product_flash_attention_backward"), default=0
+    )
     if most:
         yield Workspace("flash attention's backward, the largest", most, True,
                         "flash-attention csrc/flash_attn/flash_api.cpp, mha_bwd: dq_accum, softmax_d, dk_expanded")  # fmt: skip

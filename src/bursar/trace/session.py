@@ -521,6 +521,7 @@ class Session:
             tuple(self.assumptions),
             {"bursar": bursar.__version__, "torch": str(torch.__version__)},
             self.partial,
+            calls=tuple(recorder.calls[first_row:]) if recorder.calls is not None else (),
         )  # fmt: skip
 
 

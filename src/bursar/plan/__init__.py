@@ -1,0 +1,1 @@
+"""Search over layouts and levers, and its proof on published runs."""

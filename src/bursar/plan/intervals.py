@@ -1,0 +1,133 @@
+"""The 80 % interval of a forecast: how far those of published runs were off. No fit of the forecast itself.
+
+`catalog/errors.toml` keeps, for each table of published runs and each kind of run in it, quantiles of
+log(measured / forecast). A forecast's interval is the 10 % and 90 % quantile of those of its kind, every table weighing
+the same, so that one table of many rows is one voice. Where a table is scored, its own errors are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from bursar.hardware import Cluster
+from bursar.jobs import Job
+
+COVERAGE = 0.8
+LEVELS = tuple(i / 20 for i in range(21))  # the quantiles kept of each group's errors
+SAME_KIND, SAME_GENERATION = 4.0, 2.0  # how much more a group weighs that is of the forecast's kind, of its GPUs' age
+LEAST_HALF_WIDTH = 0.02  # no table of measurements repeats itself better
+UNKNOWN = (0.5, 1.5)  # where no published run is of any use
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Quantiles of log(measured / forecast) of one kind of run in one table."""
+
+    target: str
+    table: str
+    kind: str
+    generation: str
+    rows: int
+    log_errors: tuple[float, ...]  # at LEVELS
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A forecast's interval, as factors of it, and the tables it was learned from."""
+
+    low: float
+    high: float
+    tables: tuple[str, ...]
+    rows: int
+
+
+def kind(job: Job) -> str:
+    """What sort of run a job is, as far as its errors are concerned."""
+    stage = int(np.max(np.asarray(job.layout.zero_stage)))
+    if job.model.n_experts:
+        return "mixture"
+    if job.model.d_model <= 2048:
+        return "small"  # launches count, or a continuous-integration test
+    return "sharded" if stage == 3 else "model parallel"
+
+
+def generation(cluster: Cluster) -> str:
+    """The age of its accelerators: with 8-bit products, or before."""
+    return "fp8" if "fp8" in cluster.accelerator.peak_flops_per_s else "before fp8"
+
+
+@cache
+def published() -> tuple[Errors, ...]:
+    """What `catalog/errors.toml` keeps."""
+    found = files("bursar").joinpath("catalog", "errors.toml")
+    if not found.is_file():
+        return ()
+    rows = tomllib.loads(found.read_text(encoding="utf-8")).get("errors", [])
+    return tuple(Errors(**{**row, "log_errors": tuple(row["log_errors"])}) for row in rows)
+
+
+def factors(job: Job, cluster: Cluster, target: str, without: str = "", known: Sequence[Errors] = ()) -> Factors:
+    """The 80 % interval of a forecast of ``target`` (step_time, peak_memory, steady_memory) for ``job``.
+
+    ``without`` names a table whose errors are left out; ``known`` takes the place of the published errors. One call
+    serves a job whose numbers are arrays: its kind follows from the model and the GPUs.
+    """
+    mine, age = kind(job), generation(cluster)
+    groups = [e for e in (known or published()) if e.target == target and e.table != without]
+    if not groups:
+        return Factors(*UNKNOWN, (), 0)
+    per_table: dict[str, list[tuple[Errors, float]]] = {}
+    for e in groups:
+        likeness = (SAME_KIND if e.kind == mine else 1.0) * (SAME_GENERATION if e.generation == age else 1.0)
+        per_table.setdefault(e.table, []).append((e, likeness))
+    values, weights = [], []
+    for entries in per_table.values():
+        rows = sum(e.rows for e, _ in entries)
+        for e, likeness in entries:
+            values += e.log_errors
+            weights += [likeness * e.rows / rows] * len(e.log_errors)
+    low, high = (_quantile(values, weights, q) for q in ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2))
+    return Factors(
+        math.exp(min(low, -LEAST_HALF_WIDTH)), math.exp(max(high, LEAST_HALF_WIDTH)), tuple(sorted(per_table)),
+        sum(e.rows for e in groups),
+    )  # fmt: skip
+
+
+def learn(found: Iterable[tuple[str, str, str, str, float]]) -> list[Errors]:
+    """Groups of (target, table, kind, generation, log(measured / forecast))."""
+    groups: dict[tuple[str, str, str, str], list[float]] = {}
+    for *key, error in found:
+        groups.setdefault(tuple(key), []).append(error)  # type: ignore[arg-type]  # four strings
+    return [
+        Errors(*key, len(errors), tuple(round(float(q), 4) for q in np.quantile(errors, LEVELS)))
+        for key, errors in sorted(groups.items())
+    ]
+
+
+def as_toml(errors: Iterable[Errors]) -> str:
+    """The file `published` reads."""
+    lines = [
+        "# Quantiles (0, 5, … 100 %) of log(measured / forecast) on published runs, by table and kind of run.",
+        "# Written by `bursar validate FOLDER --learn FILE`. Intervals learn from these; forecasts never do.",
+    ]
+    for e in errors:
+        text: dict[str, Any] = {"target": e.target, "table": e.table, "kind": e.kind, "generation": e.generation}
+        lines += ["", "[[errors]]", *(f'{k} = "{v}"' for k, v in text.items())]
+        lines += [f"rows = {e.rows}", f"log_errors = [{', '.join(f'{x:.4g}' for x in e.log_errors)}]"]
+    return "\n".join(lines) + "\n"
+
+
+def _quantile(values: Sequence[float], weights: Sequence[float], q: float) -> float:
+    """The weighted quantile, between neighbours by straight lines."""
+    order = np.argsort(values, kind="stable")
+    v, w = np.asarray(values, float)[order], np.asarray(weights, float)[order]
+    at = (np.cumsum(w) - w / 2) / w.sum()
+    return float(np.interp(q, at, v))
