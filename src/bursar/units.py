@@ -30,6 +30,7 @@ __all__ = [
     "parse_count",
     "parse_rate",
     "parse_seconds",
+    "write_count",
 ]
 
 Number: TypeAlias = SupportsIndex | SupportsFloat  # numpy's integers are the first, its floats the second
@@ -195,6 +196,18 @@ def format_count(n: Number | None, digits: int = 3) -> str:
     if not _finite(n):
         return "n/a"
     return _scaled(n, digits, ("", "k", "M", "B", "T"), 1000, strip=True)
+
+
+def write_count(n: int) -> str:
+    """``n`` exactly, as short as `parse_count` reads it back.
+
+    >>> write_count(15 * 10**12), write_count(16_500_000), write_count(8192), write_count(2**24)
+    ('15T', '16.5M', '8192', '16777216')
+    """
+    for suffix, power in (("T", 12), ("B", 9), ("M", 6)):
+        if abs(n) >= 10**power and not n % 10 ** (power - 2):
+            return _plain(Decimal(n).scaleb(-power)) + suffix
+    return str(n)
 
 
 def format_flops(flops: Number | None) -> str:
