@@ -55,7 +55,7 @@ def test_a_narrower_dtype_is_never_slower(row: Accelerator) -> None:
     bf16, fp16 = (row.peak_flops_per_s.get(dtype) for dtype in ("bf16", "fp16"))
     if bf16 is not None:
         assert bf16 >= row.peak_flops_per_s.get("tf32", row.peak_flops_per_s.get("fp32", 0))
-        assert fp16 in (None, bf16)
+        assert fp16 in (None, bf16) or (row.name == "mi100" and fp16 == 2 * bf16)  # CDNA 1 alone
 
 
 @each_row

@@ -135,7 +135,10 @@ def test_money_is_hours_times_price_and_unknown_without_a_price() -> None:
     run = solve(parameters="7B", tokens="1T", on="256xh100-sxm", mfu=0.4, usd_per_gpu_hour=2.5)
     assert run.usd == pytest.approx(run.gpu_hours * 2.5)
     assert run.gpu_hours == pytest.approx(6 * 7e9 * 1e12 / (H100 * 0.4) / 3600)
-    assert solve(parameters="7B", tokens="1T", on="256xh100-sxm", mfu=0.4).usd is None
+    assert solve(parameters="7B", tokens="1T", on="256xmi300x", mfu=0.4).usd is None
+    catalogue = solve(parameters="7B", tokens="1T", on="256xh100-sxm", mfu=0.4)
+    assert catalogue.usd == pytest.approx(catalogue.gpu_hours * accelerator("h100-sxm").usd_per_gpu_hour)
+    assert any("per GPU-hour, lambda.ai" in note for note in catalogue.assumptions)  # with whose price, and when
 
 
 def test_energy_is_board_power_times_time_times_pue() -> None:
@@ -174,7 +177,7 @@ def test_a_budget_is_a_ceiling_where_nothing_is_missing() -> None:
 
 def test_a_budget_without_a_price_is_refused() -> None:
     with pytest.raises(BadInput, match="give usd_per_gpu_hour"):
-        solve(parameters="7B", tokens="1T", on="8xh100-sxm", budget_usd=1e6)
+        solve(parameters="7B", tokens="1T", on="8xmi300x", budget_usd=1e6)
 
 
 def test_a_budget_below_one_accelerator_has_no_answer() -> None:

@@ -67,12 +67,12 @@ class UnknownName(BursarError):
 
 
 def _near(name: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The known names that begin with ``name``, in table order; where none does, those spelt like it."""
+    """The first known names that begin with ``name``, in table order; where none does, those spelt like it."""
     asked = name.strip().casefold()
     if not asked:
         return ()
     if begins := tuple(k for k in known if k.casefold().startswith(asked)):
-        return begins
+        return begins[:3]
     folded = {k.casefold(): k for k in known}
     return tuple(folded[k] for k in difflib.get_close_matches(asked, folded, n=4, cutoff=0.6))
 

@@ -27,6 +27,14 @@ class Framework:
     dropout: int
     overlap_gradients: bool
     vocab_multiple: int
+    fused_kernels: bool
+    fused_gradients: bool
+    fused_loss: bool
+    early_stop: bool
+    flash: str
+    tp_overlap: float
+    overlap_parameters: bool
+    optimizer_bytes: float
     source: str
 
 

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bursar.efficiency import coefficient
+from bursar.hardware import Cluster
 
 BUCKET_BYTES = 25 * 2**20  # DDP's bucket_cap_mb default
 
@@ -96,3 +102,68 @@ def data_parallel_ranks(batch_tokens: float, bytes_per_s: float, flops_per_s: fl
     401
     """
     return 1 + math.floor(batch_tokens * bytes_per_s / flops_per_s)
+
+
+# ---- seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Wires:
+    """What a cluster's links reach, bytes/s of one device in one direction."""
+
+    inside_bytes_per_s: float  # within the scale-up domain
+    between_bytes_per_s: float  # a device's share of its node's network
+    domain: int  # devices that the fast links join
+    assumed: bool  # whether the network's speed was given by nobody
+
+
+def wires(cluster: Cluster) -> Wires:
+    """``cluster``'s links, less what collectives leave unused of them."""
+    device = cluster.accelerator
+    joined = device.scaleup_bytes_per_s is not None
+    inside = (
+        device.scaleup_bytes_per_s * coefficient("scaleup_fraction")
+        if device.scaleup_bytes_per_s is not None
+        else (device.pcie_bytes_per_s or coefficient("pcie_bytes_per_s")) * coefficient("pcie_fraction")
+    )
+    node = cluster.node_bytes_per_s
+    share = node / cluster.node_size if node else coefficient("adapter_bytes_per_s")
+    domain = cluster.scaleup_size if joined else cluster.node_size
+    return Wires(inside, share * coefficient("node_fraction"), domain, node is None)
+
+
+def inside(links: Wires, ranks: Any, stride: Any) -> Any:
+    """How many of a group's ``ranks``, ``stride`` devices apart, share one domain: at least one."""
+    return np.clip(links.domain // np.maximum(stride, 1), 1, ranks)
+
+
+def collective_seconds(links: Wires, op: str, n_bytes: Any, ranks: Any, stride: Any = 1) -> Any:
+    """Seconds of one ``op`` on S bytes over ``ranks`` devices that stand ``stride`` apart; 0 for a group of one.
+
+    ``op`` is all_reduce, all_gather, reduce_scatter (S the whole, as gathered), or all_to_all (S what one rank holds).
+    A ring's slowest link is the domain's, or the group's share of a node's network: of the node's devices, those of the
+    group send for it, and the others' groups are busy at the same time. Between nodes an all-reduce is a ring or a
+    tree, whichever is quicker; the others are rings.
+    """
+    near = inside(links, ranks, stride)
+    nodes = np.ceil(ranks / near)
+    far = nodes > 1
+    hop, fixed, each = (coefficient(c) for c in ("node_latency_seconds", "scaleup_latency_seconds",
+                                                 "scaleup_latency_per_rank_seconds"))  # fmt: skip
+    if op == "all_to_all":
+        out = n_bytes * (ranks - near) / ranks / links.between_bytes_per_s
+        local = n_bytes * (near - 1) / ranks / links.inside_bytes_per_s
+        return np.where(ranks > 1, np.maximum(out, local) + fixed / 2 + hop * far, 0.0)
+    passes = 2 if op == "all_reduce" else 1
+    rate = np.where(far, np.minimum(links.inside_bytes_per_s, links.between_bytes_per_s * near), links.inside_bytes_per_s)
+    local = (fixed + each * near) * passes / 2
+    steps = np.minimum(2 * nodes, 2 * np.ceil(np.log2(np.maximum(nodes, 1)))) if passes == 2 else nodes
+    volume = passes * n_bytes * (ranks - 1) / ranks
+    return np.where(ranks > 1, volume / rate + local + hop * far * steps, 0.0)
+
+
+def send_seconds(links: Wires, n_bytes: Any, stride: Any) -> Any:
+    """Seconds to send ``n_bytes`` to the device ``stride`` further on."""
+    near = stride < links.domain
+    rate = np.where(near, links.inside_bytes_per_s, links.between_bytes_per_s)
+    return n_bytes / rate + np.where(near, coefficient("scaleup_latency_seconds") / 2, coefficient("node_latency_seconds"))

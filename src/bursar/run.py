@@ -31,7 +31,7 @@ from bursar.units import (
     parse_seconds,
 )
 
-__all__ = ["Magnitude", "Run", "batch_slip", "magnitude", "magnitudes", "solve"]
+__all__ = ["Magnitude", "Run", "batch_slip", "magnitude", "magnitudes", "price_of", "solve", "spent"]
 
 _ASSUMED_MFU: Final = 0.5  # a large run's usual range is 0.2 to 0.57; the notes work with this
 _LEAST, _MOST = 1e-30, 1e60  # beyond these a product of them could leave what a float holds
@@ -191,6 +191,24 @@ def solve(
         assumptions=tuple(notes),
         warnings=() if warned is None else (warned,),
     )
+
+
+def price_of(device: Accelerator, usd_per_gpu_hour: float | None = None) -> float | None:
+    """US dollars per hour of one accelerator: what is given, else the catalogue's; None where neither is known."""
+    return device.usd_per_gpu_hour if usd_per_gpu_hour is None else _positive("usd_per_gpu_hour", usd_per_gpu_hour)
+
+
+def spent(
+    on: Cluster, seconds: float, usd_per_gpu_hour: float | None = None, pue: float | None = None
+) -> tuple[float | None, float | None]:
+    """US dollars and kWh of ``seconds`` on all of a cluster; None where no price, or no board power, is known.
+
+    >>> spent(cluster("8xh100-sxm"), 3600, usd_per_gpu_hour=2.0)
+    (16.0, 5.6)
+    """
+    price = price_of(on.accelerator, usd_per_gpu_hour)
+    usd = None if price is None else on.count * seconds / 3600 * price
+    return usd, _kwh(on.accelerator, on.count, seconds, pue, [])
 
 
 def batch_slip(batch: int, seq_len: int) -> str | None:

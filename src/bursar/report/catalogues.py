@@ -59,6 +59,8 @@ def accelerator_page(device: Accelerator) -> Iterator[Any]:
 
 def _figure(name: str, value: Any) -> str:
     """A figure of the catalogue with its unit."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, tuple):
         return ", ".join(value)
     if name.endswith("flops_per_s"):
