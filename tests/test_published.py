@@ -83,7 +83,7 @@ def test_a_cell_that_cannot_be_read_is_named(cells, said):
         ({"flags": "no_shape"}, "flag no_shape"),
         ({"flags": "impossible"}, "flag impossible"),
         ({"gpu": "abacus"}, "no accelerator 'abacus'"),
-        ({"framework": "abacus"}, "no framework 'abacus'"),
+        ({"precision": "fp7"}, "no precision 'fp7'"),
         ({"d_model": ""}, "no d_model"),
     ],
 )
@@ -91,6 +91,29 @@ def test_a_row_that_no_forecast_can_be_made_for_says_why(cells, why):
     run = published.run({**GPT, **cells})
     assert run.job is None
     assert run.skip.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ({"framework": "abacus"}, "what abacus does by default is taken from Megatron-LM"),
+        ({"framework": "abacus", "zero_stage": "3"}, "what abacus does by default is taken from FSDP (LLM Foundry)"),
+        ({"optimizer": "abacus"}, "optimizer = adamw (for 'abacus')"),
+        ({"recompute": "every_other"}, "recompute = full (for 'every_other')"),
+        ({"attention": "abacus"}, "attention = flash (for 'abacus')"),
+        ({"gpu": ""}, "gpu = a100-80g-sxm (the source prints none)"),
+        ({"n_layers": ""}, "n_layers = 24 (the source prints none; GPT-2 medium's)"),
+    ],
+)
+def test_free_text_that_no_table_knows_is_an_assumption_and_not_a_skipped_row(cells, said):
+    run = published.run({**GPT, **cells})
+    assert run.job is not None
+    assert said in run.assumptions
+
+
+def test_flags_whose_numbers_cannot_be_read_are_passed_over():
+    flags = "mtp=some;etp=;mla=1/2;moe_layer_freq=([0]*3+[1]*11);head_dim=x;cpu_offload_layers=y;model_parallel=?"
+    assert published.run({**GPT, "flags": flags}).job.layout.expert_tp == 1
 
 
 def test_a_folder_without_the_file_is_an_error_that_names_it(tmp_path):

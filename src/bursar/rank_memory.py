@@ -98,7 +98,9 @@ def attention_parameters(model: Decoder, tp: Count) -> Any:
     norm = d * (2 if model.norm == "layernorm" else 1)
     if model.latent is not None:
         m, H = model.latent, model.n_heads
-        query = d * m.q_rank + m.q_rank + m.q_rank * model.query_width // tp if m.q_rank else d * model.query_width // tp
+        query = (
+            d * m.q_rank + m.q_rank + m.q_rank * model.query_width // tp if m.q_rank else d * model.query_width // tp
+        )
         key = d * (m.kv_rank + m.rope_dim) + m.kv_rank + m.kv_rank * H * (m.nope_dim + m.value_dim) // tp
         return norm + query + key + model.value_width * d // tp
     kv = np.maximum(model.n_kv_heads / tp, 1) * model.head_dim  # a rank has one key-value head at least
@@ -302,7 +304,9 @@ def _stage(job: Job, cluster: Cluster, rank: str) -> RankMemory:
 
     fp32 = job.precision == "fp32"
     parameter = 4 if fp32 else habits.parameter_bytes
-    gradient = job.gradient_bytes or (4 if fp32 else habits.gradient_bytes.get(job.precision, habits.gradient_bytes["bf16"]))
+    gradient = job.gradient_bytes or (
+        4 if fp32 else habits.gradient_bytes.get(job.precision, habits.gradient_bytes["bf16"])
+    )
     state, _ = state_bytes(job)
     parts: dict[str, Any] = {}
     parts["parameters"] = sharded(3) * parameter
@@ -356,8 +360,10 @@ def _stage(job: Job, cluster: Cluster, rank: str) -> RankMemory:
     reserved = peak * (1 + known["allocator"]["reserve"])
     groups = 1 + (np.asarray(lay.tp) > 1) + (np.asarray(lay.pp) > 1) + (np.asarray(lay.ep) > 1)
     context = known["context"]
-    device = reserved + context["cuda_bytes"] + np.where(
-        np.asarray(lay.ranks) > 1, context["nccl_bytes"] + context["nccl_small_bytes"] * groups, 0
+    device = (
+        reserved
+        + context["cuda_bytes"]
+        + np.where(np.asarray(lay.ranks) > 1, context["nccl_bytes"] + context["nccl_small_bytes"] * groups, 0)
     )
     return RankMemory(peak, _plain(steady), reserved, _plain(device), parts)
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bursar.errors import BadInput, UnknownName
-from bursar.frameworks import framework
+from bursar.frameworks import Framework, framework
 from bursar.hardware import Cluster, accelerator
-from bursar.jobs import Decoder, Job, Latent, Layout
+from bursar.jobs import PRECISIONS, RECOMPUTE, Decoder, Job, Latent, Layout
 
 FILE = "runs.csv"
 REQUIRED = ("id", "table", "role", "gpu", "n_gpus", "framework")
 _GATED = ("llama", "moe", "mla_moe")
+OPTIMIZERS = ("adamw", "adamw-8bit", "adam8bit", "adafactor", "sgd", "momentum", "lion", "muon")  # that forecasts know
 _VOCABULARY = 50257  # where a source prints none: GPT-2's, which its makers' CI uses
 _LAYERS = 24
 _GPU = "a100-80g-sxm"  # where a source prints none: what most rows ran on
@@ -151,12 +152,12 @@ def _ranks(cell: _Cells) -> int:
 
 
 def _job(cell: _Cells, flags: dict[str, str]) -> Job:
-    habits = framework(cell.text("framework"))
+    habits = _habits(cell)
     model = _decoder(cell, flags)
     n_gpus = cell.count("n_gpus", 0) or _ranks(cell)
     tp, pp, cp = (cell.count(c, 1) for c in ("tp", "pp", "cp"))
     if not cell.text("tp") and "model_parallel" in flags:
-        tp, pp = _split(int(flags["model_parallel"]), cell.count("gpus_per_node", 8), model.n_layers)
+        tp, pp = _split(_number_in(flags, "model_parallel", 1), cell.count("gpus_per_node", 8), model.n_layers)
         cell.assumed.append(f"tp = {tp}, pp = {pp} (the source prints their product only)")
     dp = cell.count("dp", 0)
     if not dp:
@@ -168,7 +169,7 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
     layout = Layout(
         dp, tp, pp, cp,
         ep=cell.count("ep", 1),
-        expert_tp=int(flags.get("etp") or 1),
+        expert_tp=_number_in(flags, "etp", 1),
         fsdp=cell.count("fsdp", 1),
         zero_stage=cell.count("zero_stage", habits.zero_stage, f"{habits.title}'s default"),
         reshard_after_forward=cell.count("reshard_after_forward", 1),
@@ -189,6 +190,9 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
     recompute, _, every = _RECOMPUTE.get(recompute, recompute).partition(":")
     if recompute.startswith("every_k"):
         recompute = "full"
+    if recompute and recompute not in RECOMPUTE:
+        cell.assumed.append(f"recompute = full (for {recompute!r})")
+        recompute = "full"
     if not recompute:
         recompute = habits.recompute
         cell.assumed.append(f"recompute = {recompute} ({habits.title}'s default)")
@@ -196,25 +200,59 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
     if not attention:
         attention = habits.attention
         cell.assumed.append(f"attention = {attention} ({habits.title}'s default)")
+    if attention not in ("flash", "fused", "naive"):
+        cell.assumed.append(f"attention = flash (for {attention!r})")
+        attention = "flash"
     precision = cell.text("precision") or "bf16"
+    if precision not in PRECISIONS:
+        raise NoForecast(f"no precision {precision!r}; known: {', '.join(PRECISIONS)}")
     gradients = 4.0 if "fp32_grad_accumulation" in flags else 2.0 if "grad_reduce_bf16" in flags else None
     overlap = flags.get("overlap_grad_reduce")
     return Job(
         model, cell.must("seq_len"), layout, micro, many,
         precision=precision,
         recompute=recompute,
-        recompute_every=int(every or 1),
+        recompute_every=int(every) if every.isdecimal() else 1,
         recompute_modules=tuple(filter(None, flags.get("recompute_modules", "").replace("+", ",").split(","))),
         attention=attention,
-        optimizer={"adam": "adamw", "": "adamw"}.get(cell.text("optimizer"), cell.text("optimizer")),
+        optimizer=_optimizer(cell),
         framework=habits.name,
         compiled=cell.text("compile") == "1",
         fp8_everywhere="fp8_linear_only" not in flags,
         gradient_bytes=gradients,
         overlap_gradients=None if overlap is None else overlap == "1",
-        offload_layers=int(flags.get("cpu_offload_layers") or 0),
+        offload_layers=_number_in(flags, "cpu_offload_layers"),
         flags=flags,
     )  # fmt: skip
+
+
+def _habits(cell: _Cells) -> Framework:
+    """The framework's row; for one that has none, the habits of its kind: sharded like FSDP, or like Megatron."""
+    name = cell.text("framework")
+    try:
+        return framework(name)
+    except UnknownName:
+        sharded = cell.text("zero_stage") == "3" or cell.count("fsdp", 1) > 1
+        like = framework("fsdp" if sharded else "megatron")
+        cell.assumed.append(f"what {name or 'an unnamed framework'} does by default is taken from {like.title}")
+        return like
+
+
+def _number_in(flags: Mapping[str, str], name: str, default: int = 0) -> int:
+    """A flag's whole number, where it has one."""
+    return int(flags[name]) if flags.get(name, "").isdecimal() else default
+
+
+def _optimizer(cell: _Cells) -> str:
+    """The optimizer, from free text: a row of the catalogue whose name begins it, else AdamW."""
+    text = cell.text("optimizer").lower().replace("_", "-")
+    if text in ("", "adam"):
+        return "adamw"
+    found = [name for name in OPTIMIZERS if text.startswith(name)]
+    if not found:
+        cell.assumed.append(f"optimizer = adamw (for {text!r})")
+        return "adamw"
+    return max(found, key=len)
 
 
 def _split(product: int, node: int, n_layers: int) -> tuple[int, int]:
@@ -229,13 +267,13 @@ def _layers(cell: _Cells, flags: Mapping[str, str]) -> int:
     """Layers of the decoder, or of a model that has nothing else."""
     if cell.text("n_layers"):
         return cell.must("n_layers")
-    if flags.get("decoder_layers"):
-        return int(flags["decoder_layers"])
+    if "decoder_layers" in flags:
+        return _number_in(flags, "decoder_layers", _LAYERS)
     return cell.count("n_layers", _LAYERS, "the source prints none; GPT-2 medium's")
 
 
 def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
-    """The row's shape; Llama 3 405B and its like where a name is all that is printed."""
+    """The row's shape."""
     d = cell.count("d_model", 0)
     if not d:
         raise NoForecast("no d_model")
@@ -248,7 +286,7 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
         cell.assumed.append(f"d_ff = {d_ff}")
     vocabulary = cell.count("vocab", _VOCABULARY, "GPT-2's: the source prints none")
     experts = cell.count("n_experts", 0)
-    mla = [int(x) for x in flags["mla"].split("/")] if flags.get("mla") else None
+    mla = [int(x) for x in flags.get("mla", "").split("/") if x.isdecimal()]
     shared = cell.count("n_shared_experts", 0)
     moe_d_ff = cell.count("moe_d_ff", d_ff)
     tied = cell.text("tied_embeddings")
@@ -256,7 +294,7 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
         cell.text("model") or cell.text("id"),
         _layers(cell, flags), d, heads,
         cell.count("n_kv_heads", heads),
-        int(flags.get("head_dim") or d // heads),
+        _number_in(flags, "head_dim", d // heads),
         d_ff, gated, vocabulary,
         tied == "1" if tied else family not in ("llama", "moe", "mla_moe"),
         bias=family in ("gpt", "bert", "t5"),
@@ -266,13 +304,13 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
         experts_per_token=cell.count("experts_per_token", min(2, experts)) if experts else 0,
         moe_d_ff=moe_d_ff if experts else 0,
         n_shared_experts=shared,
-        shared_d_ff=int(flags.get("shared_expert_d_ff") or shared * moe_d_ff) if experts else 0,
-        first_dense_layers=int(flags.get("first_dense_layers") or 0),
-        moe_every=int(flags["moe_layer_freq"]) if flags.get("moe_layer_freq", "").isdecimal() else 1,
+        shared_d_ff=_number_in(flags, "shared_expert_d_ff", shared * moe_d_ff) if experts else 0,
+        first_dense_layers=_number_in(flags, "first_dense_layers"),
+        moe_every=_number_in(flags, "moe_layer_freq", 1),
         sliding_window=cell.count("sliding_window", 0),
         windowed_every=2 if "window_every_2nd_layer" in flags else 1,
-        latent=Latent(*mla) if mla and len(mla) == 5 else None,
-        mtp_layers=int(flags["mtp"]) if flags.get("mtp", "").isdecimal() else int("with_mtp" in flags),
-        n_encoder_layers=int(flags.get("encoder_layers") or 0),
+        latent=Latent(*mla) if len(mla) == 5 else None,
+        mtp_layers=_number_in(flags, "mtp", int("with_mtp" in flags)),
+        n_encoder_layers=_number_in(flags, "encoder_layers"),
         causal=family != "bert",
     )  # fmt: skip
