@@ -65,7 +65,7 @@ def render(ledger: Ledger, measured: Measured, found: Reconciliation) -> Iterato
     yield table(
         "",
         ("", "forecast", "measured", "error", "within", ""),
-        [_line(x) for x in found.lines],
+        [cells(x) for x in found.lines],
     )
     for x in found.lines:
         if x.cause and x.error:
@@ -95,7 +95,8 @@ def render(ledger: Ledger, measured: Measured, found: Reconciliation) -> Iterato
         yield note(text)
 
 
-def _line(x: Line) -> tuple[str, ...]:
+def cells(x: Line) -> tuple[str, str, str, str, str, str]:
+    """One line as a table shows it: what, forecast, measured, error, tolerance, and what to say where it is over that."""
     write = _WRITE[x.unit]
     error = "equal" if x.predicted == x.measured else f"{x.error:+.2%}"
     within = "exact" if not x.tolerance else f"±{x.tolerance:.0%}"
