@@ -22,6 +22,7 @@ import numpy as np
 from bursar.errors import BadInput, NoAnswer, UnknownName
 from bursar.hardware import Cluster
 from bursar.jobs import PRECISIONS, SCHEDULES, Decoder, Job, Layout
+from bursar.plan.intervals import factors
 from bursar.rank_memory import rank_memory
 from bursar.run import price_of, spent
 from bursar.step_time import step_time
@@ -482,12 +483,8 @@ def priced(question: Question, job: Job, cluster: Cluster) -> Choice:
 
 def _interval(job: Job, cluster: Cluster, target: str, value: float) -> tuple[float, float] | None:
     """The 80 % interval around a forecast, from the errors on published runs of its kind; None until those are known."""
-    try:
-        from bursar.plan.intervals import factors
-    except ImportError:
-        return None
-    low, high = factors(job, cluster, target)
-    return value * low, value * high
+    by = factors(job, cluster, target)
+    return value * by.low, value * by.high
 
 
 # ---- words
