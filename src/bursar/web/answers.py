@@ -1,73 +1,37 @@
-"""From a set-up to its records, by calling the lower floors. No arithmetic here.
-
-A `Figure` is one number of the page with all that may be asked about it: its 80 % interval, its formula, what went in
-and where that is from.
-"""
+"""From a set-up to what the page says of it, by calling the lower floors. No arithmetic here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bursar.architecture import preset
+import msgspec
+
+from bursar.architecture import Transformer, preset
+from bursar.errors import BadInput, BursarError
 from bursar.hardware import Cluster, accelerator
-from bursar.run import solve
-from bursar.web.state import Setup
+from bursar.jobs import decoder
+from bursar.plan.search import RECOMPUTE, Choice, Plan, Question, search
+from bursar.plan.usual import sequences, usual
+from bursar.report import outlook
+from bursar.report.outlook import Figure, Part
+from bursar.web.state import EVERY, RECOMPUTES, Setup, State, query
+
+TOP = 8  # layouts in the table
+AXES = {"tp": "tp", "pp": "pp", "cp": "cp", "ep": "ep", "zero": "zero_stage", "group": "fsdp", "sp": "sequence_parallel",
+        "virtual": "virtual_stages", "micro": "micro_batch"}  # fmt: skip
+SECONDS = 90.0  # a search of every layout gets
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
-    """What went into a figure, and where it is from."""
-
-    name: str
-    value: str
-    source: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A number of the page. ``kind`` says how it is written: a filter of `pages`."""
-
-    key: str
-    label: str
-    kind: str
-    value: float | None
-    low: float | None = None  # of the 80 % interval
-    high: float | None = None
-    formula: str = ""
-    inputs: tuple[Input, ...] = ()
-    source: str = ""
-    missing: str = ""  # why there is none
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One part of a whole: of a rank's memory, of a step's time."""
-
-    name: str
-    value: float
-    share: float
-    says: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A layout of the search, with its figures and the set-up that takes it."""
+class Row:
+    """A layout of the table: the set-up that takes it, and its figures."""
 
     setup: Setup
     words: tuple[str, ...]
-    figures: Mapping[str, Figure]
-
-
-@dataclass(frozen=True, slots=True)
-class Lever:
-    """One change to the set-up, and what it does."""
-
-    name: str
-    says: str
-    setup: Setup | None
-    figures: Mapping[str, Figure]
+    figures: dict[str, Figure]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,43 +40,105 @@ class Answered:
 
     setup: Setup
     title: str
-    fits: bool | None
-    figures: Mapping[str, Figure]
-    memory: tuple[Part, ...] = ()
-    capacity_bytes: float = 0
-    time: tuple[Part, ...] = ()
-    choices: tuple[Choice, ...] = ()
-    rejected: tuple[tuple[str, int], ...] = ()
-    searched: int = 0
-    levers: tuple[Lever, ...] = ()
-    assumptions: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    fits: str  # yes, perhaps, no
+    verdict: str
+    layout: tuple[str, ...]
+    figures: dict[str, Figure]
+    memory: tuple[Part, ...]
+    usable_bytes: float
+    time: tuple[Part, ...]
+    rows: tuple[Row, ...]
+    searched: int
+    feasible: int
+    rejected: dict[str, int]
+    assumptions: tuple[str, ...]
 
 
 def answer(setup: Setup) -> Answered:
     """Everything the page says of ``setup``. Raises BursarError for what cannot be."""
+    return _apart(setup) if setup.search == EVERY else found(setup)
+
+
+def found(setup: Setup) -> Answered:
+    """The same, in this process."""
+    question, where = asked(setup), Cluster(accelerator(setup.gpu), setup.gpus)
+    quick = usual(question, where, TOP)
+    plan, shown = quick.plan, quick.shown
+    if setup.search == EVERY:
+        plan = search(question, [where], top=TOP)
+        shown = plan.layouts[0] if plan.layouts else shown
+    return _said(setup, question, plan, shown)
+
+
+def asked(setup: Setup) -> Question:
+    """``setup`` as a question to the search."""
     shape = preset(setup.model)
-    where = Cluster(accelerator(setup.gpu), setup.gpus)
-    run = solve(parameters=shape.parameters(), tokens=setup.tokens, on=where, usd_per_gpu_hour=setup.price)
-    figures = (
-        Figure("time", "Time", "seconds", run.seconds, run.seconds, run.seconds, "6 · P · tokens / (n · peak · MFU)",
-               (Input("parameters", str(run.parameters), shape.source),)),
-        Figure("cost", "Cost", "usd", run.usd),
-        Figure("mfu", "MFU", "share", run.mfu),
+    if setup.layers is not None:
+        if not isinstance(shape, Transformer):
+            raise BadInput(f"{setup.model} has no depth to change")
+        shape = preset(setup.model, L=setup.layers)
+    given = {axis: getattr(setup, name) for name, axis in AXES.items() if getattr(setup, name) is not None}
+    return Question(
+        decoder(shape), setup.seq, sequences(setup.batch, setup.seq), float(setup.tokens), precisions=(setup.precision,),
+        recompute=RECOMPUTE if setup.recompute is None else (RECOMPUTES[setup.recompute],),
+        attention=setup.attention, optimizer=setup.optimizer, framework=setup.framework,
+        compiled=setup.compiled == "yes", fixed=given, usd_per_gpu_hour=setup.price,
     )  # fmt: skip
-    return Answered(setup, "", None, {f.key: f for f in figures}, assumptions=run.assumptions)
+
+
+def _said(setup: Setup, question: Question, plan: Plan, shown: Choice) -> Answered:
+    fits, verdict = outlook.verdict(shown)
+    return Answered(
+        setup, f"{setup.model} on {shown.cluster.count:,} × {shown.cluster.accelerator.title}", fits, verdict,
+        outlook.layout_words(shown), outlook.figures(shown, question), outlook.memory_parts(shown),
+        shown.cluster.accelerator.usable_bytes, outlook.time_parts(shown),
+        tuple(_row(setup, question, choice) for choice in plan.layouts),
+        plan.searched, plan.feasible, dict(plan.rejected), outlook.assumptions(shown, question, plan),
+    )  # fmt: skip
+
+
+def _row(setup: Setup, question: Question, choice: Choice) -> Row:
+    lay = choice.job.layout
+    taken: dict[str, Any] = {name: int(getattr(lay, axis)) for name, axis in AXES.items() if axis != "micro_batch"}
+    taken |= {"micro": int(choice.job.micro_batch), "recompute": choice.recompute}
+    return Row(replace(setup, search="usual", **taken), outlook.layout_words(choice), outlook.brief(choice, question))
+
+
+def _apart(setup: Setup) -> Answered:
+    """The answer, worked out by a process of its own: a long search leaves this one light, and can be ended."""
+    command = [sys.executable, "-m", "bursar.web.apart", query(State(setup))]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise BadInput(
+            f"no answer within {SECONDS:g} s: set some of the layout's fields, or take the usual layouts"
+        ) from None
+    if done.returncode:
+        raise BursarError(done.stderr.decode(errors="replace").strip() or "the search ended without an answer")
+    return msgspec.json.decode(done.stdout, type=Answered)
 
 
 def record(answered: Answered) -> dict[str, Any]:
     """The JSON of one set-up's answer."""
-    return {"fits": answered.fits, "figures": {k: f.value for k, f in answered.figures.items()}}
-
-
-def verdict(answered: Answered) -> str:
-    """Fits or not, in a sentence."""
-    return "Fits." if answered.fits else "Does not fit."
-
-
-def ratio(a: Figure, b: Figure) -> float | None:
-    """How many times ``a`` is ``b``."""
-    return b.value / a.value if a.value and b.value is not None else None
+    return {
+        "address": "/?" + query(State(answered.setup)),
+        "fits": answered.fits,
+        "verdict": answered.verdict,
+        "layout": answered.layout,
+        "figures": outlook.records(tuple(answered.figures.values())),
+        "memory": {p.name: p.value for p in answered.memory},
+        "usable_bytes": answered.usable_bytes,
+        "time": {p.name: p.value for p in answered.time},
+        "layouts": [
+            {
+                "address": "/?" + query(State(r.setup)),
+                "layout": r.words,
+                "figures": {k: f.value for k, f in r.figures.items()},
+            }
+            for r in answered.rows
+        ],
+        "searched": answered.searched,
+        "feasible": answered.feasible,
+        "rejected": answered.rejected,
+        "assumptions": answered.assumptions,
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,12 +13,13 @@ from markupsafe import Markup
 from bursar import __version__
 from bursar.errors import printable
 from bursar.report.bars import bar
+from bursar.report.outlook import Figure, Part, ratio
 from bursar.units import format_bytes, format_count, format_seconds, format_share, format_usd
-from bursar.web.answers import Answered, Choice, Figure, Part, ratio, verdict
-from bursar.web.state import SECOND, Setup, State, form, query, shown, written
+from bursar.web.answers import Answered
+from bursar.web.state import EVERY, SECOND, Setup, State, form, query, shown, written
 
 FILES = ("style.css", "page.js", "htmx.min.js", "icon.svg")
-HEADLINE = ("time", "usd", "mfu", "step", "memory", "hours", "kwh", "flops")
+HEADLINE = ("time", "usd", "mfu", "step", "memory", "hours", "kwh", "rate")
 GROUPS = {  # of the form: its heading, the fields' groups, and whether it can be folded away
     "What, where, how long": (("model", "cluster", "run"), False),
     "Levers": (("levers",), True),
@@ -29,7 +31,7 @@ WRITE = {
     "usd": format_usd,
     "share": format_share,
     "count": format_count,
-    "flops": lambda x: f"{format_count(x)} FLOP",
+    "rate": format_count,
     "hours": lambda x: f"{format_count(x)} h",
     "kwh": lambda x: f"{format_count(x)} kWh",
 }
@@ -45,15 +47,11 @@ def _bound(f: Figure, value: float | None) -> str:
     return "" if value is None else WRITE[f.kind](value)
 
 
-def _layout(choice: Choice) -> str:
-    return " · ".join(choice.words)
-
-
 def _memory_bar(answered: Answered) -> Markup:
     f = answered.figures["memory"]
     interval = None if f.low is None or f.high is None else (f.low, f.high)
-    title = f"{_figure(f)} of {format_bytes(answered.capacity_bytes)} usable"
-    return Markup(bar(_parts(answered.memory, "m", format_bytes), title, capacity=answered.capacity_bytes,
+    title = f"{_figure(f)} of {format_bytes(answered.usable_bytes)} usable"
+    return Markup(bar(_parts(answered.memory, "m", format_bytes), title, capacity=answered.usable_bytes,
                       interval=interval))  # fmt: skip
 
 
@@ -79,9 +77,10 @@ def _templates() -> Environment:
     )  # fmt: skip
     made.filters |= {
         "shown": _figure, "low": lambda f: _bound(f, f.low), "high": lambda f: _bound(f, f.high),
-        "verdict": verdict, "words": _words, "bytes": format_bytes, "seconds": format_seconds, "share": format_share,
+        "words": _words, "bytes": format_bytes, "seconds": format_seconds, "share": format_share,
         "times": lambda x: "n/a" if x is None else f"{format_count(x)} ×",
-        "layout": _layout, "link": lambda setup: _address(State(setup)), "memory_bar": _memory_bar,
+        "link": lambda setup: _address(State(setup)),
+        "every": lambda setup: _address(State(replace(setup, search=EVERY))), "memory_bar": _memory_bar,
         "time_bar": _time_bar,
     }  # fmt: skip
     return made

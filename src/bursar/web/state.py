@@ -16,9 +16,12 @@ from bursar.architecture import known_models, preset
 from bursar.errors import BadInput, BursarError
 from bursar.frameworks import frameworks
 from bursar.hardware import accelerators
-from bursar.jobs import PRECISIONS, RECOMPUTE, decoder
+from bursar.jobs import PRECISIONS, decoder
 from bursar.units import parse_count, write_count
 
+EVERY = "every"  # search every layout, not the usual ones
+RECOMPUTES = {"none": ("none", 1), "selective": ("selective", 1), "full": ("full", 1), "every_k:2": ("full", 2),
+              "every_k:4": ("full", 4), "every_k:8": ("full", 8)}  # fmt: skip
 AUTO = "auto"  # the search decides
 SECOND = "b."  # before the names of the second set-up's fields
 LONGEST = 40  # letters of one value; the longest name of a table has fewer
@@ -38,7 +41,7 @@ class Setup:
     price: float | None = None
     precision: str = "bf16"
     optimizer: str = "adamw"
-    framework: str = "torchtitan"
+    framework: str = "megatron-bridge"
     attention: str = "flash"
     compiled: str = "no"
     recompute: str | None = None
@@ -48,6 +51,10 @@ class Setup:
     pp: int | None = None
     cp: int | None = None
     ep: int | None = None
+    sp: int | None = None
+    virtual: int | None = None
+    group: int | None = None
+    search: str = "usual"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +107,25 @@ def form() -> tuple[Field, ...]:
               help="another depth than the preset's"),
         Field("gpu", "Accelerator", "cluster", "choice", devices),
         Field("gpus", "Number of them", "cluster", "count", high=262_144, stops=GPUS),
-        Field("price", "Price per GPU-hour", "cluster", "number", low=0.01, high=10_000, auto="none", unit="US$",
-              help="the catalogue has no prices; yours gives dollars"),
+        Field("price", "Price per GPU-hour", "cluster", "number", low=0.01, high=10_000, auto="catalogue", unit="US$"),
         Field("tokens", "Tokens of the run", "run", "count", high=10**15, stops=TOKENS),
         Field("batch", "Tokens per step", "run", "count", high=10**9, stops=BATCHES),
         Field("seq", "Sequence", "run", "count", low=16, high=1_048_576, unit="tokens", stops=SEQUENCES),
         Field("precision", "Precision", "levers", "choice", PRECISIONS),
         Field("optimizer", "Optimizer", "levers", "choice", OPTIMIZERS),
-        Field("recompute", "Recompute", "levers", "choice", RECOMPUTE, auto="search"),
+        Field("recompute", "Recompute", "levers", "choice", tuple(RECOMPUTES), auto="search"),
         Field("attention", "Attention", "levers", "choice", ("flash", "fused", "naive")),
         Field("compiled", "Compiled", "levers", "choice", ("no", "yes")),
         Field("framework", "Framework", "levers", "choice", tuple(frameworks())),
+        Field("search", "Search", "layout", "choice", ("usual", EVERY), help="every: all layouts, seconds to a minute"),
         Field("tp", "Tensor", "layout", "count", high=1024, auto="search"),
         Field("pp", "Pipeline", "layout", "count", high=1024, auto="search"),
         Field("cp", "Context", "layout", "count", high=1024, auto="search"),
         Field("ep", "Expert", "layout", "count", high=1024, auto="search"),
         Field("zero", "ZeRO stage", "layout", "count", low=0, high=3, auto="search"),
+        Field("group", "Sharding group", "layout", "count", high=262_144, auto="search"),
+        Field("sp", "Sequence parallel", "layout", "count", low=0, high=1, auto="search"),
+        Field("virtual", "Virtual stages", "layout", "count", high=64, auto="search"),
         Field("micro", "Micro-batch", "layout", "count", high=4096, auto="search", unit="sequences"),
     )  # fmt: skip
 

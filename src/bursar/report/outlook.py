@@ -1,0 +1,313 @@
+"""One choice of layout as the figures a page shows, each with what may be asked of it: interval, formula, inputs, source.
+
+Nothing is priced here: what `plan` answered is put into words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bursar.hardware import dtype_name
+from bursar.plan.intervals import factors
+from bursar.plan.search import Choice, Plan, Question
+from bursar.run import price_of
+from bursar.step_time import flops, parameters, step_time
+from bursar.units import format_bytes, format_count, format_rate, format_seconds, format_usd
+
+MEMORY = {  # parts of a rank's memory, in words
+    "parameters": "as the rank holds them",
+    "gradients": "as they are accumulated",
+    "optimizer_state": "with the fp32 master copy",
+    "activations": "kept for backward, of all micro-batches in flight",
+    "logits": "of the loss, on the last stage",
+    "temporary": "of the block at work at the peak",
+    "collective_buffers": "gathered parameters, what is sent",
+    "workspaces": "of cuBLAS and Transformer Engine",
+    "outside": "what the allocator holds beyond the peak, the CUDA context, NCCL",
+}
+TIME = {  # parts of a step, in words; what is sent counts as far as nothing hides it
+    "compute": "matrix products",
+    "attention": "fused attention",
+    "memory_bound": "norms, activations, what streams through memory",
+    "overhead": "kernels too short for their launch",
+    "tp": "tensor parallelism's collectives, exposed",
+    "cp": "context parallelism's, exposed",
+    "ep": "the experts' all-to-all, exposed",
+    "dp": "gradients and parameters, exposed",
+    "pp_send": "from stage to stage, exposed",
+    "bubble": "stages that wait for one another",
+    "optimizer": "the update",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What went into a figure, and where it is from."""
+
+    name: str
+    value: str
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number of the page. ``kind`` says how it is written; without a value, ``missing`` says why there is none."""
+
+    key: str
+    label: str
+    kind: str  # seconds, bytes, usd, share, hours, kwh, rate
+    value: float | None
+    low: float | None = None  # of the 80 % interval
+    high: float | None = None
+    formula: str = ""
+    inputs: tuple[Input, ...] = ()
+    source: str = ""
+    missing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a whole: of a rank's memory in bytes, of a step in seconds."""
+
+    name: str
+    value: float
+    share: float
+    says: str = ""
+
+
+def layout_words(choice: Choice) -> tuple[str, ...]:
+    """The layout in short words; what is 1 is left out."""
+    lay, job = choice.job.layout, choice.job
+    said = [f"{a} {int(getattr(lay, a))}" for a in ("dp", "tp", "pp", "cp", "ep") if getattr(lay, a) > 1]
+    said += ["sp"] * bool(lay.sequence_parallel)
+    said += [f"{int(lay.virtual_stages)} virtual stages"] * (lay.virtual_stages > 1)
+    said += [f"ZeRO-{int(lay.zero_stage)}"] * bool(lay.zero_stage)
+    said += [f"groups of {int(lay.fsdp)}"] * (lay.fsdp > 1)
+    said += ["kept gathered"] * (lay.zero_stage == 3 and not lay.reshard_after_forward)
+    return (*(said or ["one device"]), f"micro-batch {int(job.micro_batch)}", f"recompute {choice.recompute}")
+
+
+def memory_parts(choice: Choice) -> tuple[Part, ...]:
+    """The fullest rank's memory by part, what stands outside the peak last; they add up to ``device_bytes``."""
+    return _parts({**choice.memory, "outside": choice.device_bytes - choice.peak_bytes}, MEMORY)
+
+
+def time_parts(choice: Choice) -> tuple[Part, ...]:
+    """The step's seconds by part; they add up to ``step_seconds``."""
+    return _parts(choice.time, TIME)
+
+
+def _parts(values: Mapping[str, float], words: Mapping[str, str]) -> tuple[Part, ...]:
+    whole = sum(values.values())
+    names = [n for n in words if n in values] + [n for n in values if n not in words]
+    return tuple(Part(n, values[n], values[n] / whole, words.get(n, "")) for n in names if values[n] > 0)
+
+
+def verdict(choice: Choice) -> tuple[str, str]:
+    """("yes", "perhaps" or "no", the sentence): whether the fullest rank's memory is within what the driver shows."""
+    usable, held = choice.cluster.accelerator.usable_bytes, choice.device_bytes
+    of = f"{format_bytes(held)} of the {format_bytes(usable)} of each {choice.cluster.accelerator.name}"
+    if held > usable:
+        return "no", f"Does not fit: {of}, {format_bytes(held - usable)} too much."
+    high = _memory(choice).high
+    if high is not None and high > usable:
+        return "perhaps", f"Fits: {of}. The interval reaches {format_bytes(high)}, so try it before you rely on it."
+    return "yes", f"Fits: {of}, and so does the whole interval."
+
+
+def figures(choice: Choice, question: Question) -> dict[str, Figure]:
+    """The headline figures by key: time usd mfu memory step hours kwh rate."""
+    made = (
+        _time(choice, question), _usd(choice, question), _mfu(choice), _memory(choice), _step(choice),
+        _hours(choice), _kwh(choice), _rate(choice),
+    )  # fmt: skip
+    return {f.key: f for f in made}
+
+
+def brief(choice: Choice, question: Question) -> dict[str, Figure]:
+    """The figures of a row in a table, without their reasons: the row's own page has them."""
+    row = {"step": _step(choice), "mfu": _mfu(choice), "memory": _memory(choice), "time": _time(choice, question),
+           "usd": _usd(choice, question)}  # fmt: skip
+    return {k: Figure(f.key, f.label, f.kind, f.value, f.low, f.high) for k, f in row.items()}
+
+
+def assumptions(choice: Choice, question: Question, plan: Plan) -> tuple[str, ...]:
+    """What the figures take for granted."""
+    said = []
+    tokens = question.batch * question.seq_len
+    if choice.batch_tokens != round(tokens):
+        said.append(
+            f"a step of {format_count(tokens)} tokens is rounded to {choice.batch_tokens:,}, which divides: "
+            f"{int(choice.job.samples):,} sequences"
+        )
+    said += [*choice.cluster.accelerator.assumptions, *plan.assumptions]
+    said += step_time(choice.job, choice.cluster).assumptions
+    said.append(
+        f"{question.framework} as the framework: its bytes per gradient and state, its padding, its habits of overlap; "
+        f"{question.attention} attention, {question.optimizer}"
+    )
+    return tuple(dict.fromkeys(said))
+
+
+def ratio(a: Figure, b: Figure) -> float | None:
+    """``b`` over ``a``, where both are there."""
+    return b.value / a.value if a.value and b.value is not None else None
+
+
+def _scaled(choice: Choice, by: float) -> tuple[float | None, float | None]:
+    """The interval of the step's seconds, times ``by``."""
+    if choice.step_interval is None:
+        return None, None
+    return choice.step_interval[0] * by, choice.step_interval[1] * by
+
+
+def _learnt(choice: Choice, target: str) -> str:
+    by = factors(choice.job, choice.cluster, target)
+    if not by.tables:
+        return "80 % interval: no published runs are known here, so ±50 % is taken"
+    return (
+        f"80 % interval: {by.low:.2f} to {by.high:.2f} times the forecast, from the errors on {by.rows} published runs "
+        f"({', '.join(by.tables)})"
+    )
+
+
+def _time(choice: Choice, question: Question) -> Figure:
+    if choice.seconds is None or choice.steps is None:
+        return Figure("time", "Time", "seconds", None, missing="the tokens of the run are not given")
+    low, high = _scaled(choice, choice.steps)
+    return Figure(
+        "time", "Time", "seconds", choice.seconds, low, high, "tokens of the run / tokens of a step × seconds of a step",
+        (
+            Input("tokens of the run", format_count(question.tokens), "asked for"),
+            Input("tokens of a step", f"{choice.batch_tokens:,}", "micro-batch × micro-batches × dp × sequence"),
+            Input("steps", f"{choice.steps:,}", "rounded up"),
+            Input("seconds of a step", format_seconds(choice.step_seconds), "see Step"),
+        ),
+        "Without restarts, evaluation and checkpoints. " + _learnt(choice, "step_time"),
+    )  # fmt: skip
+
+
+def _usd(choice: Choice, question: Question) -> Figure:
+    device = choice.cluster.accelerator
+    price = price_of(device, question.usd_per_gpu_hour)
+    if choice.usd is None or choice.seconds is None or price is None:
+        return Figure("usd", "Cost", "usd", None, missing=f"the catalogue has no price for {device.name}; give yours")
+    given = question.usd_per_gpu_hour is not None
+    by = choice.usd / choice.step_seconds
+    low, high = _scaled(choice, by)
+    return Figure(
+        "usd", "Cost", "usd", choice.usd, low, high, "GPU-hours × price",
+        (
+            Input("GPU-hours", format_count(_hours(choice).value), "see GPU-hours"),
+            Input("price", f"{format_usd(price)} per GPU-hour",
+                  "asked for" if given else f"{device.price_source}, {device.price_date}"),
+        ),
+        _learnt(choice, "step_time"),
+    )  # fmt: skip
+
+
+def _mfu(choice: Choice) -> Figure:
+    job, device = choice.job, choice.cluster.accelerator
+    dtype = _dtype(job.precision, device.peak_flops_per_s)
+    low, high = _scaled(choice, 1.0)
+    used = choice.mfu * choice.step_seconds
+    one = flops(job)
+    return Figure(
+        "mfu", "MFU", "share", choice.mfu, None if high is None else used / high,
+        None if low is None else min(1.0, used / low),
+        "model FLOPs of a step / (accelerators × dense peak × seconds of a step)",
+        (
+            Input("model FLOPs of a step", f"{one.model * int(job.samples):.4g}",
+                  f"{int(job.samples):,} sequences of {one.model:.4g}: products and the attention that the mask lets through"),
+            Input("parameters", format_count(parameters(job.model)), "counted from the model's shape"),
+            Input("accelerators", f"{choice.cluster.count:,}", "asked for"),
+            Input(f"dense peak in {dtype}", format_rate(device.peak(dtype), "FLOP"),
+                  device.sources.get("peak_flops_per_s", "")),
+            Input("seconds of a step", format_seconds(choice.step_seconds), "see Step"),
+        ),
+        _learnt(choice, "step_time"),
+    )  # fmt: skip
+
+
+def _dtype(precision: str, peaks: Mapping[str, float]) -> str:
+    plain = dtype_name({"mxfp8": "fp8", "nvfp4": "fp4"}.get(precision, precision))
+    return plain if plain in peaks else "bf16"
+
+
+def _memory(choice: Choice) -> Figure:
+    device, outside = choice.cluster.accelerator, choice.device_bytes - choice.peak_bytes
+    low = high = None
+    if choice.peak_interval is not None:
+        low, high = (choice.peak_interval[0] + outside, choice.peak_interval[1] + outside)
+    return Figure(
+        "memory", "Memory per GPU", "bytes", choice.device_bytes, low, high, "the sum of the parts on the fullest rank",
+        (
+            Input("allocated at the peak", format_bytes(choice.peak_bytes), "see the bar below"),
+            Input("outside", format_bytes(outside), MEMORY["outside"]),
+            Input("usable", format_bytes(device.usable_bytes),
+                  device.sources.get("usable_memory_bytes") or device.sources.get("memory_bytes", "")),
+        ),
+        "Of the fullest rank. " + _learnt(choice, "peak_memory"),
+    )  # fmt: skip
+
+
+def _step(choice: Choice) -> Figure:
+    low, high = _scaled(choice, 1.0)
+    parts = tuple(Input(p.name.replace("_", " "), format_seconds(p.value), p.says) for p in time_parts(choice))
+    return Figure(
+        "step", "One step", "seconds", choice.step_seconds, low, high,
+        "the sum of the parts, on the slowest rank, as far as nothing hides them", parts,
+        "Efficiencies and networks: catalog/coefficients.toml, from datasheets and published microbenchmarks, none "
+        "fitted to a step. " + _learnt(choice, "step_time"),
+    )  # fmt: skip
+
+
+def _hours(choice: Choice) -> Figure:
+    hours = choice.record()["gpu_hours"]
+    low, high = (None, None) if hours is None else _scaled(choice, hours / choice.step_seconds)
+    return Figure(
+        "hours", "GPU-hours", "hours", hours, low, high, "accelerators × hours",
+        (Input("accelerators", f"{choice.cluster.count:,}", "asked for"),
+         Input("time", format_seconds(choice.seconds), "see Time")),
+        missing="" if hours is not None else "the tokens of the run are not given",
+    )  # fmt: skip
+
+
+def _kwh(choice: Choice) -> Figure:
+    device = choice.cluster.accelerator
+    if choice.kwh is None:
+        return Figure("kwh", "Energy", "kwh", None, missing=f"the catalogue has no board power for {device.name}")
+    low, high = _scaled(choice, choice.kwh / choice.step_seconds)
+    return Figure(
+        "kwh", "Energy", "kwh", choice.kwh, low, high, "accelerators × board power × hours × PUE",
+        (Input("board power", f"{device.tdp_watts:g} W", device.sources.get("tdp_watts", "")),
+         Input("PUE", "1.0", "assumed: the building's own use is not in it, nor are the hosts"),
+         Input("GPU-hours", format_count(_hours(choice).value), "see GPU-hours")),
+        "At full board power throughout, which is an upper bound.",
+    )  # fmt: skip
+
+
+def _rate(choice: Choice) -> Figure:
+    value = choice.tokens_per_gpu_second
+    low, high = _scaled(choice, 1.0)
+    done = value * choice.step_seconds
+    return Figure(
+        "rate", "Tokens per GPU and second", "rate", value, None if high is None else done / high,
+        None if low is None else done / low, "tokens of a step / seconds of a step / accelerators",
+        (Input("tokens of a step", f"{choice.batch_tokens:,}"),
+         Input("seconds of a step", format_seconds(choice.step_seconds), "see Step"),
+         Input("accelerators", f"{choice.cluster.count:,}")),
+    )  # fmt: skip
+
+
+def records(figures: Sequence[Figure]) -> dict[str, dict[str, object]]:
+    """For JSON: value, interval and reasons of each figure by its key."""
+    return {
+        f.key: {
+            "label": f.label, "value": f.value, "low_80": f.low, "high_80": f.high, "unit": f.kind, "formula": f.formula,
+            "inputs": [{"name": i.name, "value": i.value, "source": i.source} for i in f.inputs],
+            "source": f.source, "missing": f.missing or None,
+        }
+        for f in figures
+    }  # fmt: skip
