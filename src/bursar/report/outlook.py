@@ -76,16 +76,18 @@ class Part:
     says: str = ""
 
 
-def layout_words(choice: Choice) -> tuple[str, ...]:
-    """The layout in short words; what is 1 is left out."""
+def layout_words(choice: Choice) -> tuple[str, str]:
+    """The layout in two lines: how ranks share the work, and how each does its part. What is 1 is left out."""
     lay, job = choice.job.layout, choice.job
     said = [f"{a} {int(getattr(lay, a))}" for a in ("dp", "tp", "pp", "cp", "ep") if getattr(lay, a) > 1]
-    said += ["sp"] * bool(lay.sequence_parallel)
-    said += [f"{int(lay.virtual_stages)} virtual stages"] * (lay.virtual_stages > 1)
-    said += [f"ZeRO-{int(lay.zero_stage)}"] * bool(lay.zero_stage)
-    said += [f"groups of {int(lay.fsdp)}"] * (lay.fsdp > 1)
-    said += ["kept gathered"] * (lay.zero_stage == 3 and not lay.reshard_after_forward)
-    return (*(said or ["one device"]), f"micro-batch {int(job.micro_batch)}", f"recompute {choice.recompute}")
+    how = [f"ZeRO-{int(lay.zero_stage)}"] * bool(lay.zero_stage)
+    how += [f"in groups of {int(lay.fsdp)}"] * (lay.fsdp > 1)
+    how += ["kept gathered"] * (lay.zero_stage == 3 and not lay.reshard_after_forward)
+    how += ["sequence parallel"] * bool(lay.sequence_parallel)
+    how += [f"{int(lay.virtual_stages)} virtual stages"] * (lay.virtual_stages > 1)
+    how += [f"micro-batch {int(job.micro_batch)}"]
+    how += ["no recompute" if choice.recompute == "none" else f"{choice.recompute} recompute"]
+    return " · ".join(said or ["one device"]), ", ".join(how)
 
 
 def memory_parts(choice: Choice) -> tuple[Part, ...]:

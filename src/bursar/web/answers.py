@@ -30,7 +30,7 @@ class Row:
     """A layout of the table: the set-up that takes it, and its figures."""
 
     setup: Setup
-    words: tuple[str, ...]
+    words: tuple[str, str]
     figures: dict[str, Figure]
 
 
@@ -42,7 +42,7 @@ class Answered:
     title: str
     fits: str  # yes, perhaps, no
     verdict: str
-    layout: tuple[str, ...]
+    layout: tuple[str, str]
     figures: dict[str, Figure]
     memory: tuple[Part, ...]
     usable_bytes: float

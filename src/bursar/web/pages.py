@@ -19,7 +19,7 @@ from bursar.web.answers import Answered
 from bursar.web.state import EVERY, SECOND, Setup, State, form, query, shown, written
 
 FILES = ("style.css", "page.js", "htmx.min.js", "icon.svg")
-HEADLINE = ("time", "usd", "mfu", "step", "memory", "hours", "kwh", "rate")
+HEADLINE = ("time", "usd", "mfu", "memory", "step", "hours", "kwh", "rate")
 GROUPS = {  # of the form: its heading, the fields' groups, and whether it can be folded away
     "What, where, how long": (("model", "cluster", "run"), False),
     "Levers": (("levers",), True),

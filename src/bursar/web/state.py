@@ -103,13 +103,12 @@ def form() -> tuple[Field, ...]:
     devices = tuple(a.name for a in accelerators())
     return (
         Field("model", "Model", "model", "choice", models()),
-        Field("layers", "Layers", "model", "count", high=1000, auto="the model's",
-              help="another depth than the preset's"),
+        Field("layers", "Layers", "model", "count", high=1000, auto="the model's"),
         Field("gpu", "Accelerator", "cluster", "choice", devices),
-        Field("gpus", "Number of them", "cluster", "count", high=262_144, stops=GPUS),
-        Field("price", "Price per GPU-hour", "cluster", "number", low=0.01, high=10_000, auto="catalogue", unit="US$"),
-        Field("tokens", "Tokens of the run", "run", "count", high=10**15, stops=TOKENS),
-        Field("batch", "Tokens per step", "run", "count", high=10**9, stops=BATCHES),
+        Field("gpus", "How many", "cluster", "count", high=262_144, stops=GPUS),
+        Field("price", "Price", "cluster", "number", low=0.01, high=10_000, auto="catalogue", unit="$ per GPU-hour"),
+        Field("tokens", "Tokens, whole run", "run", "count", high=10**15, stops=TOKENS),
+        Field("batch", "Tokens, each step", "run", "count", high=10**9, stops=BATCHES),
         Field("seq", "Sequence", "run", "count", low=16, high=1_048_576, unit="tokens", stops=SEQUENCES),
         Field("precision", "Precision", "levers", "choice", PRECISIONS),
         Field("optimizer", "Optimizer", "levers", "choice", OPTIMIZERS),
