@@ -4,7 +4,8 @@ Each number follows from what the framework's code allocates: the shapes of a ra
 keeps, the buffers that collectives fill. Layout fields, ``micro_batch`` and ``micro_batches`` may be arrays: a million
 layouts are one call.
 
-    t tensor parallel   c context parallel   p pipeline   v virtual stages   T tokens of one micro-batch on one rank
+    t tensor parallel   c context parallel   p pipeline stages   v virtual stages   k experts per token
+    T tokens of one micro-batch on one rank   x bytes of the stream between blocks   e bytes of an activation's element
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bursar.errors import BadInput
+from bursar.architecture import Transformer
+from bursar.errors import BadInput, UnknownName
 from bursar.frameworks import Framework, framework
 from bursar.hardware import Cluster
 from bursar.jobs import Count, Decoder, Job
+from bursar.rules import transformer
 
 RANKS = ("worst", "first", "last")
 MEGATRON = ("megatron", "megatron-deepspeed", "megatron-bridge", "nemo")
-_HOPPER = ("h100", "h200", "h800", "b200", "b300", "gb200", "gb300", "gh200")
-_MATRIX_STATE = {  # bytes of optimizer state per element of a matrix, without the fp32 master copy
-    "adamw": 8, "adam": 8, "adamw-8bit": 2.03, "adam8bit": 2.03, "adafactor": 0, "sgd": 0, "momentum": 4, "lion": 4,
-    "muon": 4,
+_HOPPER = ("h100", "h200", "h800", "b200", "b300", "gb200", "gb300", "gh200")  # compute capability 9 and later
+STATE_BYTES: dict[str, tuple[float, float]] = {
+    # of one element, without the fp32 master copy: of a matrix, and of the rest (vectors, tables, the head)
+    "adamw": (8, 8), "adam": (8, 8), "sgd": (0, 0), "momentum": (4, 4), "nesterov": (4, 4), "lion": (4, 4),
+    "adamw-8bit": (2 + 8 / 256, 8),  # two states of 8 bits and a 32-bit scale per 256; Dettmers et al. 2022, section 2
+    "adafactor": (0, 0),  # a row and a column of statistics; Shazeer and Stern 2018
+    "muon": (4, 8),  # one momentum for matrices, AdamW for the rest; Jordan et al. 2024
 }  # fmt: skip
+_ALIASES = {"adam8bit": "adamw-8bit", "adamw8bit": "adamw-8bit", "dist_muon": "muon", "adamw8": "adamw-8bit"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +45,14 @@ class RankMemory:
 
     peak_bytes: Any  # allocated at the step's fullest instant
     steady_bytes: Any  # allocated between steps
-    reserved_bytes: Any  # what the caching allocator then holds of the device
-    device_bytes: Any  # with the context, NCCL's buffers and libraries: what nvidia-smi shows and what has to fit
+    reserved_bytes: Any  # what the caching allocator holds of the device by then
+    device_bytes: Any  # with the context and NCCL's buffers: what nvidia-smi shows and what has to fit
     parts: Mapping[str, Any]
     assumptions: tuple[str, ...] = ()
 
 
 @cache
-def constants() -> Mapping[str, Mapping[str, float]]:
+def constants() -> Mapping[str, Any]:
     """`catalog/memory.toml`."""
     return tomllib.loads(files("bursar").joinpath("catalog", "memory.toml").read_text(encoding="utf-8"))
 
@@ -56,56 +63,104 @@ def fits(job: Job, cluster: Cluster) -> Any:
 
 
 def rank_memory(job: Job, cluster: Cluster, rank: str = "worst") -> RankMemory:
-    """Memory of the ``worst`` rank of ``job``, of its ``first`` pipeline stage or of its ``last``. Raises BadInput."""
+    """Memory of the ``worst`` rank of ``job``, of its ``first`` pipeline stage or of its ``last``.
+
+    Raises BadInput for a rank, UnknownName for an optimizer that is in no table.
+    """
     if rank not in RANKS:
         raise BadInput(f"no rank {rank!r}; known: {', '.join(RANKS)}")
     if rank != "worst":
-        return _stage(job, cluster, rank)
-    first, last = _stage(job, cluster, "first"), _stage(job, cluster, "last")
-    at_first = np.asarray(first.device_bytes >= last.device_bytes)
-
-    def pick(a: Any, b: Any) -> Any:
-        made = np.where(at_first, a, b)
-        return made if made.ndim else made.item()
-
-    parts = {name: pick(first.parts[name], last.parts[name]) for name in first.parts}
-    return RankMemory(
-        *(pick(getattr(first, f), getattr(last, f)) for f in ("peak_bytes", "steady_bytes", "reserved_bytes")),
-        pick(first.device_bytes, last.device_bytes), parts, first.assumptions,
-    )  # fmt: skip
+        return _stage(job, cluster, _LAST if rank == "last" else _FIRST)
+    stages = [_FIRST, _LAST] if np.any(np.asarray(job.layout.pp) > 1) else [_FIRST]
+    if framework(job.framework).name == "nanotron" and len(stages) > 1:
+        stages.append(_SECOND)  # may have a layer more than the first
+    worst, *others = (_stage(job, cluster, stage) for stage in stages)
+    for other in others:
+        worst = _worse(worst, other)
+    return worst
 
 
-class Shards(NamedTuple):
-    """Parameters of one rank before data-parallel sharding: outside experts, and in them."""
+_FIRST, _SECOND, _LAST = 0, 1, -1
 
-    dense: Any
-    expert: Any
-    largest_unit: Any  # of one block, or the embedding: what FSDP gathers at once
+
+def _worse(a: RankMemory, b: RankMemory) -> RankMemory:
+    """Of two ranks, layout by layout, the one whose device is fuller."""
+    first = np.asarray(a.device_bytes >= b.device_bytes)
+
+    def pick(one: Any, other: Any) -> Any:
+        return _plain(np.where(first, one, other))
+
+    sums = ("peak_bytes", "steady_bytes", "reserved_bytes", "device_bytes")
+    parts = {name: pick(a.parts[name], b.parts[name]) for name in a.parts}
+    return RankMemory(*(pick(getattr(a, f), getattr(b, f)) for f in sums), parts, a.assumptions)
+
+
+# ---- what holds for a whole job
+
+
+class _Case(NamedTuple):
+    """A job's scalars, looked up once."""
+
+    habits: Framework
+    own: Mapping[str, Any]  # what memory.toml says of the framework
+    e: int  # bytes of an activation's element
+    engine: bool  # Transformer Engine runs the blocks
+    local: bool  # Megatron's own layers do
+    naive: bool  # scores are stored
+    dropout: int
+    rotary: bool
+    new: bool  # compute capability 9 and later
+
+
+def _case(job: Job, cluster: Cluster) -> _Case:
+    habits = framework(job.framework)
+    model, known = job.model, constants()["framework"]
+    impl = job.flags.get("impl", "")
+    of_megatron = habits.name in ("megatron", "megatron-bridge", "nemo")
+    learned = bool(model.learned_positions) or model.norm == "layernorm"
+    return _Case(
+        habits,
+        known.get(habits.name, known["plain"]),
+        4 if job.precision == "fp32" else 2,
+        of_megatron and impl != "local",
+        impl == "local",
+        job.attention == "naive" or impl == "local",
+        habits.dropout if learned else 0,  # models since Llama are trained without
+        not model.learned_positions,
+        cluster.accelerator.name.startswith(_HOPPER),
+    )
 
 
 def padded_vocabulary(job: Job) -> Any:
     """Rows of the embedding, all tensor-parallel ranks together."""
     if job.padded_vocab_size:
         return job.padded_vocab_size
-    multiple = int(job.flags.get("vocab_divisible_by") or framework(job.framework).vocab_multiple)
-    multiple = multiple * job.layout.tp
+    multiple = int(job.flags.get("vocab_divisible_by") or framework(job.framework).vocab_multiple) * job.layout.tp
     return -(-job.model.vocab_size // multiple) * multiple
 
 
+# ---- parameters
+
+
 def attention_parameters(model: Decoder, tp: Count) -> Any:
-    """Elements of one block's attention on one of ``tp`` ranks, its norm included."""
+    """Elements of one attention on one of ``tp`` ranks, the norm before it included."""
     d, bias = model.d_model, int(model.bias)
-    norm = d * (2 if model.norm == "layernorm" else 1)
+    norm = norm_parameters(model)
     if model.latent is not None:
         m, H = model.latent, model.n_heads
-        query = (
-            d * m.q_rank + m.q_rank + m.q_rank * model.query_width // tp if m.q_rank else d * model.query_width // tp
-        )
-        key = d * (m.kv_rank + m.rope_dim) + m.kv_rank + m.kv_rank * H * (m.nope_dim + m.value_dim) // tp
-        return norm + query + key + model.value_width * d // tp
-    kv = np.maximum(model.n_kv_heads / tp, 1) * model.head_dim  # a rank has one key-value head at least
-    q = model.n_heads * model.head_dim / tp
+        query = d * model.query_width / tp
+        if m.q_rank:
+            query = d * m.q_rank + m.q_rank + m.q_rank * model.query_width / tp
+        key = d * (m.kv_rank + m.rope_dim) + m.kv_rank + m.kv_rank * H * (m.nope_dim + m.value_dim) / tp
+        return norm + query + key + model.value_width * d / tp
+    kv = _key_heads(model, tp) * model.head_dim
+    q = model.query_width / tp
     return norm + (d + bias) * (q + 2 * kv) + q * d + bias * d
+
+
+def norm_parameters(model: Decoder) -> int:
+    """Elements of one normalisation."""
+    return model.d_model * (2 if model.norm == "layernorm" else 1)
 
 
 def mlp_parameters(model: Decoder, d_ff: Count, tp: Count, bias: bool) -> Any:
@@ -114,271 +169,473 @@ def mlp_parameters(model: Decoder, d_ff: Count, tp: Count, bias: bool) -> Any:
     return matrices * model.d_model * d_ff / tp + bias * ((matrices - 1) * d_ff / tp + model.d_model)
 
 
-def _stage_layers(job: Job, last: bool) -> tuple[Any, Any]:
-    """Blocks of the stage, and how many of them are mixtures."""
-    model, lay = job.model, job.layout
-    pp = np.asarray(lay.pp)
-    L: Any = model.n_layers
-    flags = job.flags
-    own = flags.get("last_stage_layers" if last else "first_stage_layers")
-    extra = int("embedding_counts_as_layer" in flags) + int("loss_counts_as_layer" in flags)
-    if own:
-        here: Any = np.where(pp == 1, L, int(own))
-    elif extra:
-        counted = "loss_counts_as_layer" if last else "embedding_counts_as_layer"
-        here = np.where(pp == 1, L, (L + extra) / pp - int(counted in flags))
-    else:
-        here = np.where(pp == 1, L, L // pp if last else np.ceil(L / pp))
-    if not model.n_experts:
-        return here, 0 * here
-    if last:
-        return here, np.minimum(here, model.n_moe_layers) if model.moe_every == 1 else here // model.moe_every
-    moe = (
-        np.maximum(here - model.first_dense_layers, 0)
-        if model.moe_every == 1
-        else np.minimum(here / model.moe_every, model.n_moe_layers)
-    )
-    return here, np.where(pp == 1, model.n_moe_layers, moe)
-
-
-def _shards(job: Job, first: bool, last: bool, one: Any) -> Shards:
-    """Elements of one stage. ``one`` is true where there is one stage only."""
-    model, lay = job.model, job.layout
-    t, d = lay.tp, job.model.d_model
-    norm = d * (2 if model.norm == "layernorm" else 1)
-    here, moe = _stage_layers(job, last)
-    attention = attention_parameters(model, t)
-    dense_block = attention + norm + mlp_parameters(model, model.d_ff, t, model.bias)
-    expert: Any = 0
-    moe_block: Any = 0
-    if model.n_experts:
-        shared = mlp_parameters(model, model.shared_d_ff, t, False) if model.shared_d_ff else 0
-        moe_block = attention + norm + d * model.n_experts + shared
-        experts = model.n_experts / lay.ep
-        expert = experts * mlp_parameters(model, model.moe_d_ff, lay.expert_tp, model.bias)
-    dense = (here - moe) * dense_block + moe * moe_block
-    vocabulary = padded_vocabulary(job) * d / t
-    whole_expert = moe * expert
-    if first:
-        dense = dense + vocabulary + model.learned_positions * d
-    if last:
-        dense = dense + norm
-        dense = dense + np.where(one & first & bool(model.tied_embeddings), 0, vocabulary)
-        if model.mtp_layers:
-            block, more = (moe_block, expert) if model.n_experts else (dense_block, 0)
-            dense = dense + model.mtp_layers * (block + 2 * d * d / t + 3 * norm) + np.where(one, 0, vocabulary)
-            whole_expert = whole_expert + model.mtp_layers * more
-    unit = np.maximum(dense_block if model.first_dense_layers or not model.n_experts else 0, moe_block + expert)
-    return Shards(dense, whole_expert, np.maximum(unit, vocabulary))
+def _key_heads(model: Decoder, tp: Count) -> Any:
+    return np.maximum(model.n_kv_heads / tp, 1)  # a rank has one key-value head at least
 
 
 class Block(NamedTuple):
-    """Bytes that backward keeps of one block, per micro-batch on one rank; its input; and what backward works in."""
+    """One kind of block on one rank: elements outside experts and in them, bytes of a micro-batch."""
 
-    saved: Any
-    input: Any
-    working: Any
+    dense: Any
+    expert: Any
+    saved: Any  # what backward keeps
+    input: Any  # of that, what comes in: all that a checkpointed block keeps
+    working: Any  # what its backward makes beside
 
 
-def block(job: Job, moe: bool) -> Block:
-    """What one block keeps of a micro-batch, with nothing recomputed but what ``job.recompute`` names in the block."""
-    model, lay, habits = job.model, job.layout, framework(job.framework)
-    e = 4 if job.precision == "fp32" else 2
-    t, d = lay.tp, model.d_model
-    S = job.seq_len
-    T = job.micro_batch * S / lay.cp  # tokens
-    sp = np.where(np.asarray(lay.sequence_parallel) == 1, t, 1)
-    drop = habits.dropout
-    stats = 8 if model.norm == "layernorm" else 4
-    mask = drop  # bytes of one dropout mask element
-    H, E = model.query_width, np.maximum(model.n_kv_heads / t, 1) * model.head_dim
-    Q, V = model.query_width / t, model.value_width / t
-    # ---- attention: norm's input and output, q, k, v, core, output projection's input, dropout
-    x = T * d / sp
-    norms = 2 * (x * e + x * e + T / sp * stats)
-    if model.latent is not None:
-        m = model.latent
-        small = T * (m.q_rank * 2 + m.kv_rank * 2 + m.rope_dim) * e
-        qkv = T * (2 * Q + Q + V) * e + small  # queries and keys are put together anew after rotation
+def _blocks(job: Job, case: _Case, stage: int) -> list[tuple[Any, Block]]:
+    """The kinds of blocks of one stage, and how many of each it has."""
+    model, t = job.model, job.layout.tp
+    attention, norm = attention_parameters(model, t), norm_parameters(model)
+    dense = attention + norm + mlp_parameters(model, model.d_ff, t, model.bias)
+    here, moe = _stage_layers(job, stage)
+    if model.n_encoder_layers:
+        tokens = int(job.flags.get("decoder_seq_len") or job.seq_len)
+        encoder = _activations(job, case, job.seq_len)
+        decoder = _activations(job, case, tokens)
+        cross = _attention_bytes(job, case, tokens, job.seq_len)
+        both = Block(dense + attention, 0, decoder[0] + cross, *decoder[1:])
+        share = here / model.n_layers
+        return [(share * model.n_encoder_layers, Block(dense, 0, *encoder)), (here, both)]
+    kinds = [(here - moe, Block(dense, 0, *_activations(job, case, job.seq_len)))]
+    if model.n_experts:
+        shared = mlp_parameters(model, model.shared_d_ff, t, False) if model.shared_d_ff else 0
+        outside = attention + norm + model.d_model * model.n_experts + shared
+        each = mlp_parameters(model, model.moe_d_ff, job.layout.expert_tp, model.bias)
+        made = _activations(job, case, job.seq_len, moe=True)
+        kinds.append((moe, Block(outside, model.n_experts / job.layout.ep * each, *made)))
+    return kinds
+
+
+def _stage_layers(job: Job, stage: int) -> tuple[Any, Any]:
+    """Blocks of the stage, and how many of them are mixtures."""
+    model, flags = job.model, job.flags
+    pp = np.asarray(job.layout.pp)
+    L, last = model.n_layers, stage == _LAST
+    own = flags.get("last_stage_layers" if last else "first_stage_layers")
+    counted = [int(name in flags) for name in ("embedding_counts_as_layer", "loss_counts_as_layer")]
+    if own:
+        here: Any = int(own) + 0.0 * pp
+    elif any(counted):
+        here = (L + sum(counted)) / pp - counted[last]
+    elif framework(job.framework).name == "nanotron":  # by compute, the head among it; models/base.py, build_model
+        with_head = L + model.vocab_size * model.d_model / _layer_matrices(model)
+        each = with_head / pp
+        here = L - np.floor(each * (pp - 1)) if last else np.floor(each) if stage == _FIRST else np.ceil(each)
     else:
-        qkv = T * (Q + 2 * E) * e
-    heads = model.n_heads / t
-    scores: Any = 0
-    out = T * V * e
-    if job.attention == "naive":
-        square = job.micro_batch * heads * (S / lay.cp) * S
-        scores = square * (e + drop * (1 + e))
-    else:
-        scores = 4 * T * heads
-    attention_other = x * mask
-    # ---- feed-forward
-    if moe:
-        mlp = _moe_bytes(job, T, e, habits)
-    else:
-        mlp = _mlp_bytes(model, T * model.d_ff / t, e)
-    mlp_other = x * mask
-    saved = norms + qkv + scores + out + attention_other + mlp + mlp_other
-    core = scores + (0 if job.attention != "naive" else 0)
+        here = np.where(L % pp == 0, L / pp, np.floor(L / pp) if last else np.ceil(L / pp))
+    here = np.where(pp == 1, L, here)
+    if not model.n_experts:
+        return here, 0.0 * here
+    if model.moe_every > 1:
+        return here, np.where(pp == 1, model.n_moe_layers, here / model.moe_every)
+    moe = np.minimum(here, model.n_moe_layers) if last else np.maximum(here - model.first_dense_layers, 0)
+    return here, np.where(pp == 1, model.n_moe_layers, moe)
+
+
+def _layer_matrices(model: Decoder) -> float:
+    """Elements of a block's matrices, on one rank that has them all."""
+    return float(attention_parameters(model, 1) + mlp_parameters(model, model.d_ff, 1, False))
+
+
+class Ends(NamedTuple):
+    """Elements of a stage beside its blocks."""
+
+    table: Any  # the embedding, the head
+    rest: Any  # positions, the last norm, what a head has more
+
+
+def _ends(job: Job, stage: int) -> Ends:
+    """The embedding of the first stage, the norm and the head of the last."""
+    model, t = job.model, job.layout.tp
+    one = np.asarray(job.layout.pp) == 1
+    d, norm = model.d_model, norm_parameters(model)
+    vocabulary = padded_vocabulary(job) * d / t
+    bert = not model.causal and not model.n_encoder_layers
+    first_rest = model.learned_positions * d + bert * 2 * d  # BERT tells two sentences apart
+    last_rest = norm * (2 if model.n_encoder_layers else 1)
+    if bert:  # the masked-word head's matrix and norm, the pooler, the head for the next sentence; biases
+        last_rest = last_rest + 2 * (d * d + d) + norm + 2 * d + 2 + padded_vocabulary(job) / t
+    if model.n_encoder_layers:
+        last_rest = last_rest + padded_vocabulary(job) / t
+    more = model.mtp_layers * (2 * d * d / t + 3 * norm)
+    if stage == _SECOND:
+        return Ends(0 * vocabulary, 0 * vocabulary)
+    if stage == _LAST:
+        head = np.where(one, 0 if model.tied_embeddings else 1, 1) + (np.where(one, 0, 1) if model.mtp_layers else 0)
+        return Ends(vocabulary * (head + one), last_rest + more + one * first_rest)
+    return Ends(
+        vocabulary * (1 + np.where(one, 0 if model.tied_embeddings else 1, 0)), first_rest + one * (last_rest + more)
+    )
+
+
+# ---- activations of one block, one micro-batch
+
+
+def _activations(job: Job, case: _Case, tokens: Count, moe: bool = False) -> tuple[Any, Any, Any]:
+    """`Block.saved`, ``input`` and ``working`` of a block over ``tokens`` tokens of a sequence."""
+    model, lay, e = job.model, job.layout, case.e
+    if case.habits.name == "plain":
+        return _plain_block(job, tokens)
+    T = job.micro_batch * tokens / lay.cp
+    x = T * model.d_model / _sequence(job) * e
+    attention = _attention_bytes(job, case, tokens, tokens)
+    norm = 2 * x + T / _sequence(job) * (8 if model.norm == "layernorm" else 4) + x / e * case.dropout
+    hidden = _moe_bytes(job, case, T) if moe else _mlp_bytes(model, case, T * model.d_ff / lay.tp)
+    saved = attention + norm + hidden
+    working = 2 * x + T * e * _widest(job, moe)
+    core = _core_bytes(job, case, tokens, tokens)
     if job.recompute == "selective":
         saved = saved - core
-    if job.recompute == "selective_op":
-        saved = saved - _recomputed_modules(job, core, mlp, norms, moe)
-    fork = 2 * x * e + (mlp if not moe else mlp / 2)
-    return Block(saved, x * e, fork)
+    elif job.recompute == "selective_op":
+        saved, again = _selected(job, case, saved, core, hidden, x, T, moe)
+        working = working + again
+    return saved, x, np.maximum(working, core + x)
 
 
-def _mlp_bytes(model: Decoder, n: Any, e: int) -> Any:
-    """GELU keeps its input, the next product its output; SwiGLU keeps both branches and the product's input."""
-    return n * e * (3 if model.gated_mlp else 2)
+def _sequence(job: Job) -> Any:
+    """Ranks that share the stream between blocks: tp with sequence parallelism, else 1."""
+    return np.where(np.asarray(job.layout.sequence_parallel) == 1, job.layout.tp, 1)
 
 
-def _moe_bytes(job: Job, T: Any, e: int, habits: Framework) -> Any:
-    """Routing, the tokens sent to this rank's experts (balanced), the experts and the shared one."""
+def _widest(job: Job, moe: bool) -> Any:
+    """Elements per token of the widest gradient pair inside a block."""
     model, lay = job.model, job.layout
-    k, d = model.experts_per_token, model.d_model
-    t = lay.tp
-    sent = T * k / np.where(np.asarray(lay.sequence_parallel) == 1, t, 1)
-    rows = T * k / lay.expert_tp if habits.name in MEGATRON else sent
-    rows = sent
-    routed = rows * d * e * 2 + _mlp_bytes(model, rows * model.moe_d_ff, e) + rows * d * e
-    router = T * model.n_experts * (4 * 2 + 1 + e) / np.where(np.asarray(lay.sequence_parallel) == 1, t, 1)
-    shared = _mlp_bytes(model, T * model.shared_d_ff / t, e) if model.shared_d_ff else 0
-    return routed + router + shared
+    inner = 2 if model.gated_mlp else 1
+    if moe:
+        rows = model.experts_per_token * lay.expert_tp / _sequence(job)
+        return (inner + 1) * rows * model.moe_d_ff / lay.expert_tp + rows * model.d_model
+    return (inner + 1) * model.d_ff / lay.tp
 
 
-def _recomputed_modules(job: Job, core: Any, mlp: Any, norms: Any, moe: bool) -> Any:
-    """Bytes that recomputing the named modules saves."""
+def _attention_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
+    """The norm before an attention, what the attention and its two products keep, and the dropout after it."""
+    model, lay, e = job.model, job.layout, case.e
+    t, S = lay.tp, _sequence(job)
+    T, U = job.micro_batch * queries / lay.cp, job.micro_batch * keys / lay.cp
+    x = T * model.d_model / S * e
+    saved = 2 * x + T / S * (8 if model.norm == "layernorm" else 4) + x / e * case.dropout
+    Q, V = model.query_width / t, model.value_width / t
+    if model.latent is not None:
+        m = model.latent
+        saved = (
+            saved + T * (2 * m.q_rank + 2 * m.kv_rank + m.rope_dim) * e
+        )  # each down-projection and its norm's output
+        qkv = T * (2 * Q + V) * e
+    else:
+        kv = _key_heads(model, t) * model.head_dim
+        qkv = T * Q * e + U * 2 * kv * e
+        if case.rotary and case.engine and case.new and not case.naive:
+            qkv = (
+                qkv + T * (Q + kv) * e
+            )  # values are a view of the one product, which stays beside turned queries, keys
+    if "qk_layernorm" in job.flags and model.latent is None:
+        qkv = qkv + 2 * (T * Q + U * _key_heads(model, t) * model.head_dim) * e  # both norms' inputs, as copies
+    out = T * V * e
+    if not case.naive and not (case.engine and case.new):
+        out = 2 * out  # flash lays its output head by head: the next product wants tokens together, a copy
+    return saved + qkv + out + _core_bytes(job, case, queries, keys)
+
+
+def _core_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
+    """Scores: the softmax, dropout's mask and output; with a fused kernel one fp32 sum per query and head."""
+    heads = job.model.n_heads / job.layout.tp
+    T = job.micro_batch * queries / job.layout.cp
+    if not case.naive:
+        return 4 * T * heads
+    return T * keys * heads * (case.e + case.dropout * (1 + case.e))
+
+
+def _mlp_bytes(model: Decoder, case: _Case, n: Any) -> Any:
+    """GELU keeps its input and the next product its output; a gated one both branches and the product's input."""
+    return n * case.e * (case.own["glu_kept"] if model.gated_mlp else 2)
+
+
+def _moe_bytes(job: Job, case: _Case, T: Any) -> Any:
+    """Routing, the rows sent to this rank's experts (as many to each), the experts, and the shared one."""
+    model, lay, e = job.model, job.layout, case.e
+    mine = T / _sequence(job)  # tokens that this rank routes
+    rows = mine * model.experts_per_token * lay.expert_tp
+    routed = rows * model.d_model * e + _mlp_bytes(model, case, rows * model.moe_d_ff / lay.expert_tp)
+    combined = mine * model.experts_per_token * model.d_model * e  # weighed by the router's probabilities
+    router = mine * model.n_experts * (4 + 4 + 1)  # logits and probabilities in fp32, the choice in one byte
+    shared = _mlp_bytes(model, case, T * model.shared_d_ff / lay.tp) if model.shared_d_ff else 0
+    return routed + combined + router + shared
+
+
+def _selected(job: Job, case: _Case, saved: Any, core: Any, hidden: Any, x: Any, T: Any, moe: bool) -> tuple[Any, Any]:
+    """What a block keeps when single modules or operators are made again, and what of that backward holds at once."""
+    model, lay, e = job.model, job.layout, case.e
     names = job.recompute_modules
-    saved: Any = 0
-    if not names or any(n in ("core_attn", "attn") for n in names):
-        saved = saved + core
-    if any(n in ("mlp", "moe") for n in names):
-        saved = saved + mlp
-    if any(n in ("moe_act", "mlp_act", "activation") for n in names):
-        saved = saved + mlp / (4 if job.model.gated_mlp else 2)
-    if any("norm" in n for n in names):
-        saved = saved + norms / 2
-    return saved
+    if case.habits.name == "torchtitan" and not names:
+        # Kept: every second product of wq wk wv wo w1 w3 w2, the attention's output; torchtitan models/llama3/parallelize.py
+        kept = x + T * (2 * model.query_width + _key_heads(model, lay.tp) * lay.tp * model.head_dim) / lay.tp * e
+        kept = kept + T * (model.d_ff / lay.tp) * e + x + core
+        return kept, saved - kept
+    gone: Any = 0
+    if not names or "core_attn" in names:
+        gone = gone + core
+    if "mlp" in names and not moe:
+        gone = gone + hidden
+    if "moe" in names and moe:
+        gone = gone + hidden
+    if "moe_act" in names and moe and "moe" not in names:
+        rows = T / _sequence(job) * model.experts_per_token
+        gone = gone + rows * model.moe_d_ff * e
+    if any("norm" in name for name in names):
+        gone = gone + 2 * x
+    if "mla_up_proj" in names and model.latent is not None:
+        gone = gone + T * (2 * model.query_width + model.value_width) / lay.tp * e
+    if "shared_experts" in names and moe and model.shared_d_ff:
+        gone = gone + _mlp_bytes(model, case, T * model.shared_d_ff / lay.tp)
+    return saved - gone, gone
 
 
-def in_flight(job: Job, last: bool) -> Any:
-    """Micro-batches whose activations the stage holds at most, in units of all its layers."""
+def _plain_block(job: Job, tokens: Count) -> tuple[Any, Any, Any]:
+    """Plain torch on one device: `rules.transformer`'s block."""
+    made = _closed_form(job, tokens)
+    x = made.block_input_bytes
+    return made.block.saved_bytes, x, 2 * x + _widest(job, False) * job.micro_batch * tokens * 2
+
+
+def _closed_form(job: Job, tokens: Count) -> transformer.Totals:
+    model = job.model
+    shape = Transformer(
+        name=model.name, family="gpt" if model.learned_positions else "llama", n_layers=model.n_layers,
+        d_model=model.d_model, n_heads=model.n_heads, n_kv_heads=model.n_kv_heads, head_dim=model.head_dim,
+        d_ff=model.d_ff, vocab_size=model.vocab_size, max_seq_len=model.learned_positions or job.seq_len,
+        norm=model.norm, gated_mlp=model.gated_mlp, bias=model.bias, tied_embeddings=model.tied_embeddings,
+        position="learned" if model.learned_positions else "rotary",
+    )  # fmt: skip
+    precision = job.precision if job.precision in transformer.PRECISIONS else "bf16"
+    return transformer.count(shape, job.micro_batch, tokens, precision=precision)
+
+
+# ---- pipeline: how many micro-batches are held
+
+
+def held_layers(job: Job, stage: int, here: Any) -> Any:
+    """Layers times micro-batches whose activations a stage of ``here`` layers holds at most."""
     lay, M = job.layout, np.asarray(job.micro_batches)
     p, v = np.asarray(lay.pp), np.asarray(lay.virtual_stages)
     if lay.schedule == "gpipe":
-        return np.where(p > 1, M, 1)
-    if lay.schedule == "dualpipev":
-        return np.where(p > 1, np.minimum(M, p + 0.5), 1)
-    stage = p - 1 if last else 0 * p
-    plain = np.minimum(M, p - stage)
-    chunks = 2 * (p - stage - 1) + (v - 1) * p + 1  # megatron/core/pipeline_parallel/schedules.py: warm-up + 1
-    return np.where(p == 1, 1, np.where(v > 1, np.minimum(M * v, chunks) / v, plain))
+        return np.where(p > 1, M, 1) * here
+    if lay.schedule == "dualpipev":  # DeepSeek-AI 2024, table 2: p + 1 chunks, two of them a stage
+        return np.where(p > 1, np.minimum(M, (p + 1) / 2), 1) * here
+    last = stage == _LAST
+    behind = 0 * p if last else p - 1 - stage  # stages after this one
+    # Warm-up and one more; chunks take turns, a group of micro-batches each: p, or where that does not divide them the
+    # next number that does. megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches
+    group = _group(M, p)
+    n = np.where(v > 1, np.minimum(M * v, 2 * behind + (v - 1) * group + 1), np.minimum(M, behind + 1))
+    n = np.where(p == 1, 1, n)
+    short = "loss_counts_as_layer" in job.flags if last else "embedding_counts_as_layer" in job.flags
+    if not short or not np.any(v > 1):
+        return n / np.where((p > 1) & (v > 1), v, 1) * here
+    # One chunk, the stage's last or its first, has a layer less than the others
+    each, which = (here + 1) / v, v - 1 if last else 0 * v
+    held = np.clip(n - which * group, 0, group) + np.clip(n - (v + which) * group, 0, group)
+    return n * each - held
 
 
-def state_bytes(job: Job) -> tuple[Any, Any]:
-    """Optimizer state of one element of a matrix, with a master copy where parameters are 16 bit."""
-    habits = framework(job.framework)
-    master = max(habits.state_bytes - 8, 0) if job.precision != "fp32" else 0
-    own = _MATRIX_STATE.get(job.optimizer.lower())
+def _group(M: Any, p: Any) -> Any:
+    """The least number from ``p`` on that divides ``M``; ``p`` where none does."""
+    found, most = 0 * M + p, int(np.max(p))
+    for more in range(2 * most, 0, -1):
+        size = p + more
+        found = np.where((M % p != 0) & (size <= M) & (M % np.maximum(size, 1) == 0), size, found)
+    return found
+
+
+def _first_chunk(job: Job) -> Any:
+    """Micro-batches that the first stage has embedded and not yet brought back."""
+    lay, M = job.layout, np.asarray(job.micro_batches)
+    p = np.asarray(lay.pp)
+    return np.where(p == 1, 1, np.minimum(M, np.where(np.asarray(lay.virtual_stages) > 1, 2 * p - 1, p)))
+
+
+# ---- one stage
+
+
+def state_bytes(job: Job) -> tuple[float, float]:
+    """Optimizer state and fp32 master copy of one element: of a matrix in a block, and of anything else.
+
+    Raises UnknownName for an optimizer that is in no table.
+    """
+    habits, name = framework(job.framework), job.optimizer.lower()
+    if habits.name == "plain" or job.precision == "fp32":
+        master = 0.0
+    else:
+        master = 4.0 if habits.parameter_bytes < 4 else 0.0
+    own = STATE_BYTES.get(_ALIASES.get(name, name))
     if own is None:
-        raise BadInput(f"no optimizer {job.optimizer!r}; known: {', '.join(_MATRIX_STATE)}")
-    return own + master, master
+        raise UnknownName("memory of an optimizer", job.optimizer, STATE_BYTES, "Add it to rank_memory.STATE_BYTES.")
+    if habits.name == "plain" and job.precision == "bf16":  # states are of the parameters' dtype
+        own = (own[0] / 2, own[1] / 2)
+    return own[0] + master, own[1] + master
 
 
-def _stage(job: Job, cluster: Cluster, rank: str) -> RankMemory:
-    model, lay, habits, known = job.model, job.layout, framework(job.framework), constants()
-    one = np.asarray(lay.pp) == 1
-    is_last = rank == "last"
-    a, b = _shards(job, True, True, one), _shards(job, not is_last, is_last, one)
-    shards = Shards(*(np.where(one, x, y) for x, y in zip(a, b, strict=True)))
-    here, moe = _stage_layers(job, is_last)
-    here, moe = np.where(one, model.n_layers, here), np.where(one, model.n_moe_layers, moe)
+def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
+    case, last = _case(job, cluster), stage == _LAST
+    model, lay, e = job.model, job.layout, case.e
+    pp = np.asarray(lay.pp)
+    one = pp == 1
+    with_loss = one | last
+    kinds, ends = _blocks(job, case, stage), _ends(job, stage)
+    mtp = np.where(with_loss, model.mtp_layers, 0)
+    last_kind = kinds[-1][1]
     # ---- parameters, gradients, states
-    dp = np.asarray(lay.shards)
-    expert_dp = np.maximum(np.asarray(lay.dp) * lay.cp * lay.tp / (np.asarray(lay.ep) * lay.expert_tp), 1)
-    expert_dp = np.minimum(expert_dp, np.maximum(dp * lay.tp / (np.asarray(lay.ep) * lay.expert_tp), 1))
-    zero = np.asarray(lay.zero_stage)
+    dense = sum(n * b.dense for n, b in kinds) + mtp * last_kind.dense
+    expert = sum(n * b.expert for n, b in kinds) + mtp * last_kind.expert
+    other = ends.table + ends.rest
+    zero, shards = np.asarray(lay.zero_stage), np.asarray(lay.shards)
+    expert_shards = np.maximum(shards * lay.tp / (np.asarray(lay.ep) * lay.expert_tp), 1)
 
-    def sharded(stage: int) -> Any:
-        return np.where(zero >= stage, shards.dense / dp + shards.expert / expert_dp, shards.dense + shards.expert)
+    whole = _ALIASES.get(job.optimizer.lower(), job.optimizer.lower()) == "muon"
+
+    def held(stage: int, of_matrix: Any, of_other: Any) -> Any:
+        """Bytes of what `zero_stage` ``stage`` and beyond shard."""
+        d, x = np.where(zero >= stage, shards, 1), np.where(zero >= stage, expert_shards, 1)
+        made = (dense * of_matrix + other * of_other) / d + expert * of_matrix / x
+        if stage == 1 and whole:  # Muon needs whole matrices: a rank has some, and one of them the table
+            made = np.maximum(made, np.where(zero >= stage, ends.table * of_other + expert * of_matrix / x, 0))
+        return made
 
     fp32 = job.precision == "fp32"
-    parameter = 4 if fp32 else habits.parameter_bytes
-    gradient = job.gradient_bytes or (
-        4 if fp32 else habits.gradient_bytes.get(job.precision, habits.gradient_bytes["bf16"])
-    )
-    state, _ = state_bytes(job)
-    parts: dict[str, Any] = {}
-    parts["parameters"] = sharded(3) * parameter
-    parts["gradients"] = sharded(2) * gradient
-    parts["optimizer_state"] = sharded(1) * (state + (4 if job.precision == "fp16" and habits.name in MEGATRON else 0))
+    parameter, gradient = _element_bytes(job, case)
+    matrix_state, other_state = state_bytes(job)
+    if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
+        matrix_state, other_state = matrix_state + 4, other_state + 4  # the gradient of the master copy, kept
+    parameters = held(3, parameter, parameter)
+    gradients = held(2, gradient, gradient)
+    states = held(1, matrix_state, other_state)
+    elements = held(1, 1, 1)
     # ---- activations
     T = job.micro_batch * job.seq_len / lay.cp
-    sp = np.where(np.asarray(lay.sequence_parallel) == 1, lay.tp, 1)
-    e = 4 if fp32 else 2
-    dense_block, moe_block = block(job, False), block(job, bool(model.n_experts))
-    layers = (here - moe) * dense_block.saved + moe * moe_block.saved
-    working = np.maximum(dense_block.working, moe_block.working)
-    if job.recompute == "full":
-        every = job.recompute_every
-        kept = here * dense_block.input / every + layers * (1 - 1 / every)
-        one_block = np.maximum(dense_block.saved, moe_block.saved)
-        layers_in_flight = kept
-        working = working + one_block
-    else:
-        layers_in_flight = layers
-    flight = in_flight(job, is_last)
-    flight = np.where(one, 1, flight)
-    activations = flight * layers_in_flight
-    if not is_last:
-        activations = activations + flight * T * model.d_model / sp * habits.dropout
-    else:
-        activations = activations + np.where(one, T * model.d_model / sp * habits.dropout, 0)
+    x = T * model.d_model / _sequence(job) * e
+    here = sum(n for n, _ in kinds)
+    saved = sum(n * _kept(job, b) for n, b in kinds)
+    layers = np.where(here > 0, held_layers(job, stage, here) / np.maximum(here, 1e-9), 0) * saved
+    layers = layers + mtp * (last_kind.saved + 3 * x)
+    activations = layers + np.where(one | (stage == _FIRST), _first_chunk(job) * x / e * case.dropout, 0)
+    activations = activations + np.where(with_loss, 2 * x, 0)  # the last norm's input and output
+    if case.habits.name == "megatron-deepspeed":  # runtime/pipe/engine.py keeps a stage's outputs until their backward
+        activations = activations + np.where(with_loss, 0, _first_chunk(job) * x)
+    if case.habits.name == "plain":
+        made = _closed_form(job, job.seq_len)
+        activations = layers + made.embedding.saved_bytes + made.head.saved_bytes
+    working: Any = 0
+    for _, b in kinds:
+        working = np.maximum(working, b.working + (b.saved - b.input if job.recompute == "full" else 0))
+    # ---- logits
     vocabulary = padded_vocabulary(job) / lay.tp
-    has_loss = one | is_last
-    end = 2 * T * model.d_model / sp * e  # the last norm's input and output
-    logits = np.where(has_loss, T * vocabulary * (e + 4 if not fp32 else 8), 0)
-    if "fused_cross_entropy" in job.flags:
-        logits = np.where(has_loss, T * vocabulary * e * 2, 0)
-    activations = activations + np.where(has_loss, end, 0)
-    # ---- what is gathered and sent
-    gathered = np.where(zero >= 3, 2 * shards.largest_unit * 2, 0) * (np.asarray(lay.shards) > 1)
-    p2p = np.where(one, 0, 2 * T * model.d_model / sp * e)
-    workspace = _workspace(job, cluster)
-    steady = parts["parameters"] + parts["gradients"] + parts["optimizer_state"] + workspace
-    if habits.name not in (*MEGATRON, "nanotron", "llm.c"):
-        steady = steady - parts["gradients"]
-    parts["activations"] = activations
-    parts["logits"] = logits
-    parts["collective_buffers"] = gathered + p2p
-    parts["workspaces"] = workspace + 0 * activations
-    at_loss = activations + logits
-    at_block = activations + working
-    parts["temporary"] = np.maximum(at_block - at_loss, 0)
+    queries = int(job.flags.get("decoder_seq_len") or job.seq_len) if model.n_encoder_layers else job.seq_len
+    rows = job.micro_batch * queries / lay.cp
+    logit = case.own["logit_bytes"] + (2 if fp32 and case.own["logit_bytes"] == 6 else 0)
+    if case.habits.name == "plain":
+        # the log-softmax is among what backward keeps; its gradient and the logits' come on top
+        logit = {"fp32": 8, "bf16": 4}.get(job.precision, 10)
+    logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0)
+    # ---- buffers
+    unit = 0.0 * ends.table + ends.table
+    for _, b in kinds:
+        unit = np.maximum(unit, b.dense + b.expert)
+    gathers = (zero >= 3) & (shards > 1)
+    buffers = np.where(gathers, 2 * unit * e, 0)  # the unit at work and the next one
+    buffers = buffers + np.where(one, 0, 2 * x)  # what comes and what goes
+    reduce = np.where(gathers, unit * gradient, 0)  # a unit's gradients before they are scattered
+    if case.habits.name == "megatron-deepspeed":
+        bucket = np.minimum(constants()["buckets"]["deepspeed_elements"], dense + expert + other) * 2
+        buffers = buffers + np.where((zero >= 1) & (shards > 1), bucket, 0)
+    buffers = buffers + held(3, 1, 1) * np.where(shards > 1, case.own["bucket_bytes"], 0)
+    late = held(3, 1, 1) * (0 if fp32 or job.precision == "fp16" else case.own["late_bytes"])
+    workspace = _workspace(job, case)
+    # ---- between steps
+    steady = parameters + states + workspace + (gradients if case.own["gradients_stay"] else 0)
+    kept_over = _left_over(job, case, stage, x)
+    steady = steady + kept_over
+    # ---- the fullest instant
+    base = parameters + states + workspace + buffers
+    several = case.own["gradients_stay"] | (np.asarray(job.micro_batches) > 1)
+    at_loss = base + np.where(several, gradients, 0) + activations + logits
+    at_block = base + np.where(several, gradients, 0) + activations + working + reduce
+    at_end = base + gradients + late + np.where(one, 0, activations * (1 - 1 / np.maximum(_first_chunk(job), 1)))
+    at_update = base + gradients + elements * case.own["step_bytes"]
+    peak = np.maximum(np.maximum(at_loss, at_block), np.maximum(at_end, at_update))
+    loss_is = peak == at_loss
+    block_is = ~loss_is & (peak == at_block)
+    end_is = ~loss_is & ~block_is & (peak == at_end)
+    parts = {
+        "parameters": parameters,
+        "gradients": np.where((loss_is | block_is) & ~np.asarray(several), 0, gradients),
+        "optimizer_state": states,
+        "activations": np.where(
+            loss_is | block_is, activations, np.where(end_is, at_end - base - gradients - late, 0)
+        ),
+        "logits": np.where(loss_is, logits, 0),
+        "collective_buffers": buffers + np.where(block_is, reduce, 0),
+        "temporary": np.select([block_is, loss_is, end_is], [working, 0 * peak, late], elements * case.own["step_bytes"]),
+        "workspaces": workspace + 0 * peak,
+    }
     parts = {name: _plain(value) for name, value in parts.items()}
-    peak = sum(parts.values())
-    reserved = peak * (1 + known["allocator"]["reserve"])
-    groups = 1 + (np.asarray(lay.tp) > 1) + (np.asarray(lay.pp) > 1) + (np.asarray(lay.ep) > 1)
-    context = known["context"]
-    device = (
-        reserved
-        + context["cuda_bytes"]
-        + np.where(np.asarray(lay.ranks) > 1, context["nccl_bytes"] + context["nccl_small_bytes"] * groups, 0)
-    )
-    return RankMemory(peak, _plain(steady), reserved, _plain(device), parts)
+    total = sum(parts.values())
+    # Freed blocks seldom suit what comes next: a pool grows to the sum of what each kind takes at its fullest
+    most = base + gradients + late + activations + np.maximum(logits, working + reduce)
+    reserved = np.maximum(most, total) + constants()["allocator"]["segment_bytes"]
+    device = reserved + constants()["context"]["cuda_bytes"] + constants()["context"]["nccl_bytes"] * _groups(job)
+    return RankMemory(total, _plain(steady), _plain(reserved), _plain(device), parts)
 
 
-def _workspace(job: Job, cluster: Cluster) -> float:
+def _element_bytes(job: Job, case: _Case) -> tuple[float, float]:
+    """Bytes of one parameter as the model holds it, and of its gradient as it is accumulated."""
+    if case.habits.name == "plain":
+        size = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}.get(job.precision, 4.0)
+        return size, job.gradient_bytes or size
+    if job.precision == "fp32":
+        return 4.0, 4.0
+    given = case.habits.gradient_bytes
+    parameter = case.habits.parameter_bytes
+    if job.precision == "fp8" and case.engine:
+        parameter = parameter + 2 if "fp8_param_gather" not in job.flags else 2  # 8-bit weights and their transposes
+    gradient = job.gradient_bytes or given.get(job.precision, given["bf16"])
+    return parameter, gradient
+
+
+def _kept(job: Job, b: Block) -> Any:
+    """What a block keeps of a micro-batch under the job's recompute."""
+    if job.recompute != "full":
+        return b.saved
+    return b.input / job.recompute_every + b.saved * (1 - 1 / job.recompute_every)
+
+
+def _left_over(job: Job, case: _Case, stage: int, x: Any) -> Any:
+    """What Megatron's modules still point to between steps."""
+    if case.habits.name not in MEGATRON:
+        return 0
+    pp, v = np.asarray(job.layout.pp), np.asarray(job.layout.virtual_stages)
+    chunks = np.where(pp > 1, np.where(v > 1, v, 1) - (1 if stage == _FIRST else 0), 0)
+    left = 2 * x * chunks  # each chunk's last input and its gradient; transformer_block.py, set_input_tensor
+    if case.local:  # parallel_state.get_global_memory_buffer, dot_product_attention.py: the scores' buffer
+        left = left + job.micro_batch * job.model.n_heads / job.layout.tp * job.seq_len**2 * case.e
+    return left
+
+
+def _workspace(job: Job, case: _Case) -> float:
     """Workspaces of cuBLAS and Transformer Engine, which live in the caching allocator."""
     known = constants()
-    name = cluster.accelerator.name
-    new = name.startswith(_HOPPER)
-    cublas = known["cublas"]
-    one = cublas["deterministic_bytes" if "deterministic" in job.flags else "hopper_bytes" if new else "default_bytes"]
-    made = one * cublas["handles"]
-    if job.flags.get("impl", "") == "transformer_engine" or job.framework in ("nemo", "megatron-bridge"):
-        made += known["transformer_engine"]["hopper_bytes" if new else "default_bytes"]
+    cublas, engine = known["cublas"], known["transformer_engine"]
+    size = "hopper_bytes" if case.new else "default_bytes"
+    made = float(cublas["deterministic_bytes" if "deterministic" in job.flags else size] * cublas["handles"])
+    if case.engine:
+        grouped = engine["grouped_streams"] if job.model.n_experts and "sequential_experts" not in job.flags else 0
+        made += engine[size] * (1 + grouped)
     return made
+
+
+def _groups(job: Job) -> Any:
+    """Communicators of more than one rank: data, tensor, pipeline, context, expert."""
+    lay = job.layout
+    return sum(1 * (np.asarray(n) > 1) for n in (lay.dp, lay.tp, lay.pp, lay.cp, lay.ep))
 
 
 def _plain(value: Any) -> Any:

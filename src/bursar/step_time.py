@@ -13,19 +13,25 @@ coefficients are those of `efficiency` and `network`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from bursar.efficiency import (
-    Rates, attention_seconds, coefficient, generation, matmul_seconds, product_dtype, rates, stream_seconds,
+    Rates,
+    attention_seconds,
+    coefficient,
+    matmul_seconds,
+    product_dtype,
+    rates,
+    stream_seconds,
 )  # fmt: skip
 from bursar.frameworks import Framework, framework
 from bursar.hardware import Cluster
 from bursar.jobs import Decoder, Job
-from bursar.network import Wires, collective_seconds, send_seconds, wires
+from bursar.network import Wires, collective_seconds, dispatch_seconds, send_seconds, wires
 from bursar.schedule import bubble_seconds, layers_of_stages
 
 Array = Any  # floats, one per layout, or one for all
@@ -145,7 +151,10 @@ def flops(job: Job) -> Flops:
     heads = 1 + model.mtp_layers
     extra = model.mtp_layers * (m.attention + (moe if model.n_experts else m.dense) + 2 * model.d_model**2)
     layers = L * m.attention + (L - n_moe) * m.dense + n_moe * moe + extra
-    n_pairs, square = sum(kept) + model.mtp_layers * (S * S if naive else pairs(model, S)), (L + model.mtp_layers) * S * S
+    n_pairs, square = (
+        sum(kept) + model.mtp_layers * (S * S if naive else pairs(model, S)),
+        (L + model.mtp_layers) * S * S,
+    )
     if model.n_encoder_layers:  # its own attention sees all, and each decoder layer sees the encoder's output
         layers += model.n_encoder_layers * (m.attention + m.dense) + L * m.attention
         n_pairs, square = n_pairs + (model.n_encoder_layers + L) * S * S, square + (model.n_encoder_layers + L) * S * S
@@ -202,8 +211,11 @@ class _Pass:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
         self.kernels = self.kernels + kernels
 
-    def product(self, dtype: str, M: Array, N: Array, K: Array, groups: Array = 1, out: float = 2.0) -> None:
-        self.add("compute", matmul_seconds(self.rates, dtype, M, N, K, groups, out), 1)
+    def product(
+        self, dtype: str, M: Array, N: Array, K: Array, groups: Array = 1, out: float = 2.0, launches: Array = 1
+    ) -> None:
+        several = np.ndim(launches) > 0 or launches > 1
+        self.add("compute", matmul_seconds(self.rates, dtype, M, N, K, groups, out, several), launches)
 
     def stream(self, n_bytes: Array, kernels: Array = 1) -> None:
         self.add("memory_bound", stream_seconds(self.rates, n_bytes, kernels), kernels)
@@ -285,13 +297,15 @@ def _new(x: _Context) -> _Passes:
 def _linear(x: _Context, p: _Passes, M: Array, K: Array, N: Array, groups: Array = 1, bias: bool = False) -> None:
     """(M, K) @ (K, N) and its two gradients. In 8 or 4 bits, operands are cast first: read once, written both ways."""
     out = float(x.e)
-    p.forward.product(x.dtype, M, N, K, groups, out)
-    p.backward.product(x.dtype, M, K, N, groups, out)
-    p.backward.product(x.dtype, K, N, M, groups, x.accumulate)
+    # a group of products is one library call after another: each costs the host a launch, not a module's ops
+    launches = 1 + (groups - 1) / coefficient("host_ops_per_kernel")
+    p.forward.product(x.dtype, M, N, K, groups, out, launches)
+    p.backward.product(x.dtype, M, K, N, groups, out, launches)
+    p.backward.product(x.dtype, K, N, M, groups, x.accumulate, launches)
     if x.dtype in ("fp8", "fp4"):
-        cast = coefficient("cast_bytes")
-        p.forward.stream(cast * groups * M * K, 0 if x.fused else 1)
-        p.backward.stream(cast * groups * M * N, 1)
+        cast = coefficient("cast_bytes_blocks" if x.job.precision in ("mxfp8", "nvfp4") else "cast_bytes")
+        p.forward.stream(cast * groups * M * K, launches)
+        p.backward.stream(cast * groups * M * N, launches)
     if bias:
         p.backward.stream(x.e * M * N)
     if not x.habits.fused_gradients and x.accumulate == out:
@@ -391,7 +405,7 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
 
 
 def _tensor_parallel(x: _Context, p: _Passes) -> None:
-    """One block's collectives: the output is summed over tp; with sequence parallelism scattered, and gathered before."""
+    """One block's collectives: its output summed over tp, or scattered, and gathered before the next block."""
     whole = x.n * x.model.d_model * x.e
     all_reduce = collective_seconds(x.links, "all_reduce", whole, x.tp)
     gather = collective_seconds(x.links, "all_gather", whole, x.tp)
@@ -438,15 +452,16 @@ def _mixture(x: _Context, p: _Passes) -> None:
     D, k, E, F = model.d_model, model.experts_per_token, model.n_experts, model.moe_d_ff
     _norm(x, p)
     own = n / np.where(x.sp > 0, x.tp, 1)  # with sequence parallelism a rank routes its own tokens
-    p.forward.product(x.wide, own, E, D)
-    p.backward.product(x.wide, own, D, E)
-    p.backward.product(x.wide, D, E, own)
+    for pas, *size in ((p.forward, own, E, D), (p.backward, own, D, E), (p.backward, D, E, own)):
+        pas.product("fp32" if "fp32" in x.rates.ceilings else x.wide, *size, 1, 4.0)
     p.forward.stream(own * E * 4 * 4, 8)  # scores, top k, counts
     p.backward.stream(own * E * 4 * 4, 6)
     sent = own * k * D * e
-    p.forward.stream(2 * (own + own * k) * D * e + 2 * sent, 4)  # permuted, and put back with their weights
-    p.backward.stream(2 * (own + own * k) * D * e + 3 * sent, 5)
-    move = collective_seconds(x.links, "all_to_all", sent, x.ep)
+    # permuted for the ranks and again for the experts, and put back with their weights
+    p.forward.stream(2 * own * D * e + 6 * sent, 4)
+    p.backward.stream(2 * own * D * e + 7 * sent, 5)
+    # padding every expert to a capacity goes with the plain exchange, which sends every copy
+    move = dispatch_seconds(x.links, own * D * e, x.ep, k, "tokendrop" not in x.job.flags)
     shown = 0.2 if "ep_overlap" in x.job.flags else 1.0
     p.forward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     p.backward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
@@ -469,6 +484,9 @@ def _block(x: _Context, windowed: bool, moe: bool) -> _Passes:
     """One decoder layer, with what its checkpoint makes again."""
     p = _new(x)
     _attention(x, p, windowed, causal=x.model.causal)
+    if _graphed(x.job) == "but experts":
+        for one in (p.forward, p.backward):
+            one.kernels = one.kernels * (coefficient("host_seconds_graph") / _host_seconds(x.job, x.habits))
     if moe:
         _mixture(x, p)
     else:
@@ -542,8 +560,12 @@ def _head(x: _Context) -> _Passes:
     _linear(plain, p, n, D, V / x.tp)
     logits = n * V / x.tp
     fused = x.habits.fused_loss or x.job.compiled
-    p.forward.stream(logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9)
-    p.backward.stream(logits * coefficient("loss_backward_bytes_fused" if fused else "loss_backward_bytes"), 2 if fused else 4)
+    p.forward.stream(
+        logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9
+    )
+    p.backward.stream(
+        logits * coefficient("loss_backward_bytes_fused" if fused else "loss_backward_bytes"), 2 if fused else 4
+    )
     three = collective_seconds(x.links, "all_reduce", 4 * n, x.tp)
     reduced = collective_seconds(x.links, "all_reduce", n * D * x.e, x.tp)
     p.forward.add("tp", 3 * three, np.where(x.tp > 1, 3, 0))
@@ -576,24 +598,36 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
              "reshard_after_forward", "sequence_parallel", "virtual_stages")  # fmt: skip
     values = [getattr(job if hasattr(job, k) else lay, k) for k in names]
     shape = np.broadcast_shapes(*(np.shape(v) for v in values))
-    columns = dict(zip(names, (np.broadcast_to(np.asarray(v, dtype=float), shape).ravel() for v in values), strict=True))
+    columns = dict(
+        zip(names, (np.broadcast_to(np.asarray(v, dtype=float), shape).ravel() for v in values), strict=True)
+    )
 
     priced = ("micro_batch", "tp", "cp", "sequence_parallel", "ep", "expert_tp")
     table = np.stack([columns[k] for k in priced], axis=1)
     few, where = _distinct(table)
+    b, tp, cp, sp, ep, expert_tp = few.T
+    width = 4.0 if job.precision == "fp32" else 2.0
+    accumulate = 2.0 * _gradient_bytes(job, habits) if habits.fused_gradients else width
     x = _Context(
         job, habits, speed, links,
         product_dtype(cluster.accelerator, job.precision),
         product_dtype(cluster.accelerator, "fp32" if job.precision == "fp32" else "bf16"),
-        *(few[:, i] for i in range(len(priced))),
-        accumulate=2.0 * _gradient_bytes(job, habits) if habits.fused_gradients else (4.0 if job.precision == "fp32" else 2.0),
+        b, tp, cp, sp, ep, expert_tp, accumulate,
     )  # fmt: skip
     model = job.model
     host = _host_seconds(job, habits)
     block = _mean_block(x)
-    layer = {k: _with_host(p, host) for k, p in (("F", block.forward), ("B", block.backward), ("R", block.again))}
-    first, last = (_Passes_total(p, host) for p in (_embedding(x), _head(x)))
-    spread = lambda parts: {k: np.broadcast_to(v, few.shape[:1])[where] for k, v in parts.items()}  # noqa: E731
+    saves = coefficient("host_checkpoint_seconds") if job.recompute == "full" else 0.0
+    layer = {
+        "F": _with_host(block.forward, host, saves, _waits(job)),
+        "B": _with_host(block.backward, host),
+        "R": _with_host(block.again, host, saves),
+    }
+    first, last = (_both(p, host) for p in (_embedding(x), _head(x)))
+
+    def spread(parts: Mapping[str, Array]) -> dict[str, Array]:
+        return {k: np.broadcast_to(v, few.shape[:1])[where] for k, v in parts.items()}
+
     F, B, R = (spread(layer[k]) for k in "FBR")
     first, last = spread(first), spread(last)
 
@@ -635,7 +669,10 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     seconds = _total(parts)
     counted = flops(job)
     samples = np.broadcast_to(np.asarray(job.samples, dtype=float), shape)
-    out = lambda v: _shaped(v, shape)  # noqa: E731
+
+    def out(value: Array) -> Array:
+        return _shaped(value, shape)
+
     model_flops = samples * counted.model
     notes = ("the network's speed is assumed: one 400 Gb/s adapter per accelerator",) if links.assumed else ()
     peak = cluster.accelerator.peak(product_dtype(cluster.accelerator, job.precision))
@@ -687,19 +724,40 @@ def _scale(parts: Mapping[str, Array], by: Array) -> dict[str, Array]:
     return {k: v * by for k, v in parts.items()}
 
 
-def _with_host(p: _Pass, host: float) -> dict[str, Array]:
-    """Seconds by part; what the host takes beyond the device is overhead."""
-    return {**p.seconds, "overhead": np.maximum(host * p.kernels - p.total, 0.0)}
+def _with_host(p: _Pass, host: float, fixed: float = 0.0, waits: bool = False) -> dict[str, Array]:
+    """Seconds by part; what the host takes beyond the device is overhead, all of it where the host ``waits``."""
+    needs = host * p.kernels + fixed
+    return {**p.seconds, "overhead": needs if waits else np.maximum(needs - p.total, 0.0)}
 
 
-def _Passes_total(p: _Passes, host: float) -> dict[str, Array]:
+def _both(p: _Passes, host: float) -> dict[str, Array]:
     return _sum(_with_host(p.forward, host), _with_host(p.backward, host))
 
 
+def _graphed(job: Job) -> str:
+    """What is replayed from CUDA graphs: nothing, all, or of a mixture's layers all but the experts.
+
+    How many tokens an expert gets is known on the device only: graphs of modules stop at the router.
+    """
+    graphs = job.flags.get("cuda_graph")
+    if not graphs:
+        return ""
+    return "all" if graphs == "full_iteration" or not job.model.n_experts else "but experts"
+
+
+def _waits(job: Job) -> bool:
+    """Whether the host waits for the router: without a capacity it must read how many tokens an expert gets."""
+    return (
+        bool(job.model.n_experts) and "tokendrop" not in job.flags and job.flags.get("cuda_graph") != "full_iteration"
+    )
+
+
 def _host_seconds(job: Job, habits: Framework) -> float:
-    if job.flags.get("cuda_graph"):
+    if _graphed(job) == "all":
         return coefficient("host_seconds_graph")
-    return coefficient("host_seconds_compiled" if job.compiled or habits.name == "llm.c" else "host_seconds_eager")
+    if job.compiled or habits.name == "llm.c":
+        return coefficient("host_seconds_compiled")
+    return coefficient("host_seconds_eager") * coefficient("host_ops_per_kernel")
 
 
 def _mean_block(x: _Context) -> _Passes:
@@ -750,9 +808,8 @@ def _sharded_parameters(
     three = c["zero_stage"] >= 3
     if not np.any(three):
         return None
-    model, m = job.model, matrices(job.model)
+    model = job.model
     dense, experts = _rank_parameters(job, c)
-    n_layers = model.n_layers + model.n_encoder_layers
     tables = model.vocab_size * model.d_model * (1 if model.tied_embeddings else 2) / c["tp"]
     one = np.maximum(dense - tables, 0.0) / most + experts / most
     width = _gathered_bytes(job, habits)
@@ -772,7 +829,6 @@ def _sharded_parameters(
     copies = one * (width * 2 + reduced * 2) / speed.bytes_per_s  # in and out of the flat buffers
     ends = collective_seconds(links, "all_gather", tables * width, shards, stride)
     ends = ends + collective_seconds(links, "reduce_scatter", tables * reduced, shards, stride) + gather + scatter
-    del n_layers, m
     return {
         "layer": {"dp": np.where(three, shown, 0.0), "memory_bound": np.where(three & (shards > 1), copies, 0.0)},
         "ends": {"dp": np.where(three, ends, 0.0)},
@@ -823,7 +879,9 @@ def _data_parallel(
         gather = gather - hidden + slow * hidden
     tied = np.where(
         (c["pp"] > 1) & job.model.tied_embeddings,
-        collective_seconds(links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain),
+        collective_seconds(
+            links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain
+        ),
         0.0,
     )
     return {"dp": np.where(stage >= 3, 0.0, reduce + gather + tied)}
@@ -864,6 +922,3 @@ def _traffic(job: Job, habits: Framework, c: Mapping[str, Array]) -> dict[str, A
         "dp": np.where(stage >= 3, every, once),
         "pp": np.where(c["pp"] > 1, 2 * M * c["virtual_stages"] * stream / tp, 0.0),
     }  # fmt: skip
-
-
-_UNUSED: Callable[..., Any] = generation  # re-exported for reports

@@ -28,6 +28,8 @@ app = App(
 COMMANDS = {
     "step": "One training step of a model: FLOPs, bytes, memory, and on a device seconds and MFU.",
     "run": "A whole run: FLOPs, GPUs, MFU, time, money; solves for the missing one.",
+    "plan": "The best layouts of a run on a cluster: days, dollars, memory; why the rest is rejected.",
+    "levers": "What each change does to memory and time on a device; the cheapest set that fits.",
     "formula": "FLOPs, parameters and peak bytes of a step as formulas in B and S; the largest that fits.",
     "diff": "What changed between two workloads or two git revisions of one, by module; a gate for CI.",
     "op": "One operation: FLOPs, bytes, what binds it, and with --measure its MFU here.",

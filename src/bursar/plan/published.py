@@ -7,6 +7,7 @@ reason, where it has no shape or its source's figure is impossible; where only a
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,11 @@ REQUIRED = ("id", "table", "role", "gpu", "n_gpus", "framework")
 _GATED = ("llama", "moe", "mla_moe")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adam8bit", "adafactor", "sgd", "momentum", "lion", "muon")  # that forecasts know
 _VOCABULARY = 50257  # where a source prints none: GPT-2's, which its makers' CI uses
+_VOCABULARIES = {  # where Megatron's CI does not print one; tests/functional_tests/test_cases
+    "bert": 28996 + 2,  # bert-large-cased, begin and end
+    "t5": 28996 + 2 + 100,  # and --vocab-extra-ids 100
+    "release": 256000,  # nemotron_2_256k
+}
 _LAYERS = 24
 _GPU = "a100-80g-sxm"  # where a source prints none: what most rows ran on
 _RECOMPUTE = {"full_uniform": "full", "full_block": "full", "": ""}
@@ -154,8 +160,13 @@ def _ranks(cell: _Cells) -> int:
 def _job(cell: _Cells, flags: dict[str, str]) -> Job:
     habits = _habits(cell)
     model = _decoder(cell, flags)
-    n_gpus = cell.count("n_gpus", 0) or _ranks(cell)
     tp, pp, cp = (cell.count(c, 1) for c in ("tp", "pp", "cp"))
+    n_gpus = cell.count("n_gpus", 0) or _ranks(cell)
+    if "ci_platform" in flags and not cell.text("n_gpus"):
+        # Megatron's CI runs on one node of 8, or on as many as one group of experts needs
+        experts = cell.count("ep", 1) * int(flags.get("etp") or (tp if model.n_experts else 1))
+        n_gpus = max(8, tp * pp * cp * max(1, experts // (tp * cp)))
+        cell.assumed.append(f"{n_gpus} GPUs (the source prints none: one node, or what its experts need)")
     if not cell.text("tp") and "model_parallel" in flags:
         tp, pp = _split(_number_in(flags, "model_parallel", 1), cell.count("gpus_per_node", 8), model.n_layers)
         cell.assumed.append(f"tp = {tp}, pp = {pp} (the source prints their product only)")
@@ -165,12 +176,15 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
         cell.assumed.append(f"dp = {dp} (what is left of {n_gpus} GPUs)")
     elif dp * tp * pp * cp != n_gpus:
         cell.assumed.append(f"{dp * tp * pp * cp} GPUs (the layout's, where the source says {n_gpus})")
-    stages = cell.count("virtual_stages", 1)
+    stages, ends = _pipeline(flags, pp)
+    stages = cell.count("virtual_stages", stages or 1)
+    flags = {**flags, **ends, **_hints(cell, flags)}
     layout = Layout(
         dp, tp, pp, cp,
         ep=cell.count("ep", 1),
-        expert_tp=_number_in(flags, "etp", 1),
-        fsdp=cell.count("fsdp", 1),
+        expert_tp=_number_in(flags, "etp", tp if habits.name == "megatron" and model.n_experts else 1),
+        # torchtitan shards over the ranks of cp too, and prints the degree without them; distributed/parallel_dims.py
+        fsdp=cell.count("fsdp", 1) * (cp if habits.name == "torchtitan" else 1),
         zero_stage=cell.count("zero_stage", habits.zero_stage, f"{habits.title}'s default"),
         reshard_after_forward=cell.count("reshard_after_forward", 1),
         sequence_parallel=cell.count("sequence_parallel", habits.sequence_parallel if tp > 1 else 0,
@@ -197,6 +211,9 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
         recompute = habits.recompute
         cell.assumed.append(f"recompute = {recompute} ({habits.title}'s default)")
     attention = cell.text("attention")
+    if not attention and _scores_stored(flags):
+        attention = "naive"
+        cell.assumed.append("attention = naive (no deterministic fused kernel in that container)")
     if not attention:
         attention = habits.attention
         cell.assumed.append(f"attention = {attention} ({habits.title}'s default)")
@@ -255,6 +272,56 @@ def _optimizer(cell: _Cells) -> str:
     return max(found, key=len)
 
 
+def _scores_stored(flags: Mapping[str, str]) -> bool:
+    """Megatron's own layers store the scores. So did Transformer Engine where determinism was asked of flash-attn before
+    2.4.1, which has no deterministic backward: the containers of CI's first clusters (`get_attention_backend`)."""
+    old = "dracooci" in flags.get("ci_platform", "") and "deterministic" in flags
+    return flags.get("impl") == "local" or old
+
+
+def _hints(cell: _Cells, flags: Mapping[str, str]) -> dict[str, str]:
+    """What Megatron's CI says of a run in its name only, or not at all."""
+    if "ci_platform" not in flags:
+        return {}
+    name, found = cell.text("model"), {}
+    grouped = "grouped" in name or "etp" in flags or "tiny_model" not in flags
+    if cell.count("n_experts", 0) and not grouped and cell.text("moe_d_ff") in ("", cell.text("d_ff")):
+        found["sequential_experts"] = "1"  # no --moe-grouped-gemm
+    if "qk_layernorm" in name:
+        found["qk_layernorm"] = "1"
+    return found
+
+
+def _gpt_like(family: str, flags: Mapping[str, str]) -> bool:
+    """GPT's block: LayerNorm, learned positions. Megatron's CI puts SwiGLU and experts into that one."""
+    tiny = "ci_platform" in flags and "tiny_model" in flags and not flags.get("mla") and family in ("llama", "moe")
+    return family in ("gpt", "bert", "t5") or tiny
+
+
+def _dense_first(flags: Mapping[str, str]) -> int:
+    """Dense layers of Megatron's ``--moe-layer-freq``, as in ([0]*3+[1]*11)."""
+    found = re.match(r"\(\[0\]\*(\d+)\+", flags.get("moe_layer_freq", ""))
+    return int(found[1]) if found else 0
+
+
+def _pipeline(flags: Mapping[str, str], pp: int) -> tuple[int, dict[str, str]]:
+    """Chunks per rank and layers of the first and last stage, from ``--pipeline-model-parallel-layout``.
+
+    E is the embedding, t a block, m a multi-token prediction layer, L the loss; | ends a chunk, chunks go round robin.
+
+    >>> _pipeline({"pp_layout": "Et*3|(tt|)*6tmL"}, 2)
+    (4, {'first_stage_layers': '9', 'last_stage_layers': '7'})
+    """
+    text = flags.get("pp_layout", "")
+    if not text:
+        return 0, {}
+    text = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), text)
+    text = re.sub(r"(\w)\*(\d+)", lambda m: m[1] * int(m[2]), text)
+    chunks = [chunk.count("t") for chunk in text.split("|")]
+    ends = {"first_stage_layers": str(sum(chunks[::pp])), "last_stage_layers": str(sum(chunks[pp - 1 :: pp]))}
+    return len(chunks) // pp, ends
+
+
 def _split(product: int, node: int, n_layers: int) -> tuple[int, int]:
     """tp and pp from their product as Megatron's rule has it: tensor parallel within a node, pipeline beyond."""
     tp = min(product, node)
@@ -284,7 +351,8 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
     if not d_ff:
         d_ff = -(-(8 * d // 3) // 64) * 64 if gated else 4 * d
         cell.assumed.append(f"d_ff = {d_ff}")
-    vocabulary = cell.count("vocab", _VOCABULARY, "GPT-2's: the source prints none")
+    which = "release" if "ci_platform" in flags and "tiny_model" not in flags and family != "t5" else family
+    vocabulary = cell.count("vocab", _VOCABULARIES.get(which, _VOCABULARY), "the source prints none")
     experts = cell.count("n_experts", 0)
     mla = [int(x) for x in flags.get("mla", "").split("/") if x.isdecimal()]
     shared = cell.count("n_shared_experts", 0)
@@ -298,14 +366,14 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
         d_ff, gated, vocabulary,
         tied == "1" if tied else family not in ("llama", "moe", "mla_moe"),
         bias=family in ("gpt", "bert", "t5"),
-        norm="layernorm" if family in ("gpt", "bert", "t5") else "rmsnorm",
-        learned_positions=cell.must("seq_len") if family in ("gpt", "bert", "t5") else 0,
+        norm="layernorm" if _gpt_like(family, flags) else "rmsnorm",
+        learned_positions=cell.must("seq_len") if _gpt_like(family, flags) else 0,
         n_experts=experts,
         experts_per_token=cell.count("experts_per_token", min(2, experts)) if experts else 0,
         moe_d_ff=moe_d_ff if experts else 0,
         n_shared_experts=shared,
         shared_d_ff=_number_in(flags, "shared_expert_d_ff", shared * moe_d_ff) if experts else 0,
-        first_dense_layers=_number_in(flags, "first_dense_layers"),
+        first_dense_layers=_number_in(flags, "first_dense_layers", _dense_first(flags)),
         moe_every=_number_in(flags, "moe_layer_freq", 1),
         sliding_window=cell.count("sliding_window", 0),
         windowed_every=2 if "window_every_2nd_layer" in flags else 1,

@@ -50,6 +50,7 @@ NO_BLOCKS = "every k blocks needs k blocks on a stage"
 NO_MEMORY = "does not fit in memory"
 NO_MONEY = "over the budget"
 NO_TIME = "takes longer than the days given"
+_MOST_TRIED: Final = 2048  # accelerators, in looking for a number on which something fits
 _SLACK: Final = 1 / 8  # a batch is rounded to the nearest that divides, up to this share of it
 
 
@@ -183,6 +184,17 @@ class Plan:
     nearest: str = ""  # where nothing is feasible: what would be
     assumptions: tuple[str, ...] = ()
 
+    @property
+    def verdict(self) -> str:
+        """Whether anything will do, in one line."""
+        if not self.layouts:
+            return f"no: none of {self.searched:,} combinations will do"
+        best = self.layouts[0]
+        return (
+            f"yes: {self.feasible:,} of {self.searched:,} combinations will do; the first is {_words(best.job)} on "
+            f"{best.cluster.name}, {format_bytes(best.device_bytes)} per device"
+        )
+
     def record(self) -> dict[str, Any]:
         """The fields of ``plan --json``."""
         return {
@@ -260,7 +272,9 @@ def enumerate_layouts(question: Question, n_ranks: int) -> Space:
     """Every layout of ``n_ranks`` ranks that divides; ``searched`` counts the others too."""
     model, S, fixed = question.model, question.seq_len, question.fixed
     micro = _axis(fixed, "micro_batch", _powers(max(1, int(question.batch * (1 + _SLACK)))))
-    chunks = _divisors(model.n_layers) if "interleaved" in question.schedules or "dualpipev" in question.schedules else [1]
+    chunks = (
+        _divisors(model.n_layers) if "interleaved" in question.schedules or "dualpipev" in question.schedules else [1]
+    )
     chunks = [v for v in chunks if v <= 16]
     experts = _divisors(model.n_experts) if model.n_experts else [1]
     columns: dict[str, list[Array]] = {a: [] for a in AXES}
@@ -318,7 +332,7 @@ def _inner(
     rejected: Counter[str],
 ) -> None:
     """The axes inside one division of the ranks: what holds is added to ``columns``, the rest counted by its reason."""
-    dp, tp, pp, cp, ep = outer
+    dp, tp, pp, cp, _ = outer
     model, fixed = question.model, question.fixed
     sp, shard, v, b = (
         a.ravel() for a in np.meshgrid(
@@ -376,7 +390,13 @@ def _jobs(question: Question, columns: Mapping[str, Array]) -> Iterator[tuple[Jo
 
 
 def _job(
-    question: Question, columns: Mapping[str, Array], rows: Any, schedule: str, precision: str, recompute: str, every: int
+    question: Question,
+    columns: Mapping[str, Array],
+    rows: Any,
+    schedule: str,
+    precision: str,
+    recompute: str,
+    every: int,
 ) -> Job:
     of = {a: columns[a][rows] for a in AXES}
     layout = Layout(**{a: of[a] for a in AXES[:10]}, schedule=schedule)
@@ -390,7 +410,8 @@ def _job(
 def one(job: Job, row: int) -> Job:
     """The layout in ``row`` of a job that stands for many."""
     lay = job.layout
-    layout = replace(lay, **{a: int(np.asarray(getattr(lay, a))[row]) for a in AXES[:10]})
+    at: dict[str, Any] = {a: int(np.asarray(getattr(lay, a))[row]) for a in AXES[:10]}
+    layout = replace(lay, **at)
     return replace(
         job, layout=layout,
         micro_batch=int(np.asarray(job.micro_batch)[row]), micro_batches=int(np.asarray(job.micro_batches)[row]),
@@ -470,26 +491,50 @@ def priced(question: Question, job: Job, cluster: Cluster) -> Choice:
     """One layout with memory, time, days, dollars and energy."""
     took, held = step_time(job, cluster), rank_memory(job, cluster)
     steps = seconds = usd = kwh = None
-    step_seconds = float(took.seconds)
+    step_seconds, peak = float(took.seconds), float(held.peak_bytes)
     if question.tokens is not None:
         steps = math.ceil(question.tokens / int(job.tokens))
         seconds = steps * step_seconds
         usd, kwh = spent(cluster, seconds, question.usd_per_gpu_hour)
     return Choice(
-        cluster, job, step_seconds, float(took.mfu), float(held.peak_bytes), float(held.device_bytes),
+        cluster, job, step_seconds, float(took.mfu), peak, float(held.device_bytes),
         {k: float(v) for k, v in took.parts.items()}, {k: float(v) for k, v in held.parts.items()},
         steps, seconds, usd, kwh,
-        _interval(job, cluster, "step_time", step_seconds), _interval(job, cluster, "peak_memory", float(held.peak_bytes)),
+        _interval(job, cluster, "step_time", step_seconds), _interval(job, cluster, "peak_memory", peak),
     )  # fmt: skip
 
 
 def _interval(job: Job, cluster: Cluster, target: str, value: float) -> tuple[float, float] | None:
-    """The 80 % interval around a forecast, from the errors on published runs of its kind; None until those are known."""
+    """The 80 % interval around a forecast, from the errors on published runs of its kind; None where none are known."""
     by = factors(job, cluster, target)
     return value * by.low, value * by.high
 
 
+# ---- several clusters
+
+
+def counts(low: int, high: int, node: int) -> list[int]:
+    """Numbers of accelerators between ``low`` and ``high`` worth a look: whole nodes, powers of two and 3/2 of them.
+
+    >>> counts(64, 512, 8)
+    [64, 96, 128, 192, 256, 384, 512]
+    """
+    if low > high:
+        raise BadInput(f"a range from {low} to {high} is empty; give the smaller number first")
+    steps = {low, high}
+    for k in range(high.bit_length() + 1):
+        steps |= {1 << k, 3 << k}
+    return sorted(n for n in steps if low <= n <= high and (n % node == 0 or n < node or n in (low, high)))
+
+
 # ---- words
+
+
+def why(winner: Choice, other: Choice) -> list[tuple[str, float]]:
+    """The parts of a step by which ``other`` is slower, or faster, in seconds per step of the winner's tokens."""
+    scale = winner.batch_tokens * winner.cluster.count / (other.batch_tokens * other.cluster.count)
+    parts = {name: other.time[name] * scale - winner.time[name] for name in winner.time}
+    return sorted(((n, s) for n, s in parts.items() if abs(s) > 1e-4 * winner.step_seconds), key=lambda p: -abs(p[1]))
 
 
 def _words(job: Job) -> str:
@@ -538,19 +583,36 @@ def _nearest(
             return f"nearest: {_words(found.job)} on {found.cluster.name} takes {found.days:.4g} days{cost}"
     if least is not None:
         device = max((c.accelerator for c in clusters), key=lambda a: a.usable_bytes)
-        return (
-            f"nearest: {least[1]} needs {format_bytes(least[0])} per device and {device.name} has "
-            f"{format_bytes(device.usable_bytes)}; more accelerators, a shorter sequence or a device with more memory"
+        said = (
+            f"the least is {format_bytes(least[0])} per device, {least[1]}, and {device.name} has "
+            f"{format_bytes(device.usable_bytes)}"
         )
+        enough = _enough(question, clusters[-1])
+        return f"{said}; nearest that fits: {enough}" if enough else f"{said}; take a device with more memory"
     if rejected.get(NO_BATCH):
         return f"nearest: a batch of {_nearest_batch(question, clusters)} sequences divides on {clusters[0].name}"
     return "no layout divides; free an axis of --layout, or change the number of accelerators"
 
 
+def _enough(question: Question, cluster: Cluster) -> str:
+    """The least doubling of a cluster on which something fits, in words; empty where none does."""
+    free = replace(question, days=None, budget_usd=None)
+    count = cluster.count
+    while (count := 2 * count) <= _MOST_TRIED:
+        if set(question.fixed) & {"dp"}:  # more ranks than the layout has would be left over
+            free = replace(free, fixed={a: n for a, n in free.fixed.items() if a != "dp"})
+        _, _, kept, _ = _on(free, replace(cluster, count=count), "memory", 1)
+        if kept:
+            return f"{count}x{cluster.accelerator.name} with {_words(kept[0].job)}"
+    return ""
+
+
 def _nearest_batch(question: Question, clusters: Sequence[Cluster]) -> int:
     for slack in range(1, 10**6):
         for batch in (round(question.batch) + slack, round(question.batch) - slack):
-            if batch >= 1 and len(enumerate_layouts(replace(question, batch=float(batch)), clusters[0].count).columns["dp"]):
+            if batch >= 1 and len(
+                enumerate_layouts(replace(question, batch=float(batch)), clusters[0].count).columns["dp"]
+            ):
                 return batch
     return clusters[0].count
 
@@ -589,5 +651,4 @@ def require(plan: Plan) -> Plan:
     """The plan itself. Raises NoAnswer where nothing is feasible, with the reasons and what comes nearest."""
     if plan.layouts:
         return plan
-    why = "; ".join(f"{n} {reason}" for reason, n in plan.rejected.items())
-    raise NoAnswer(f"none of {plan.searched} combinations will do ({why}). {plan.nearest}")
+    raise NoAnswer(f"none of {plan.searched:,} combinations will do; {plan.nearest}")

@@ -16,17 +16,15 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bursar.errors import BursarError
 from bursar.plan.intervals import COVERAGE, Errors, factors, generation, kind, learn
 from bursar.plan.published import Run
-
-if TYPE_CHECKING:
-    from bursar.rank_memory import RankMemory
-    from bursar.step_time import StepTime
+from bursar.rank_memory import RankMemory, rank_memory
+from bursar.step_time import StepTime, step_time
 
 TARGETS = ("step_time", "peak_memory", "steady_memory", "fits", "ranking")
 EXCUSED = ("flag no_shape", "flag impossible")  # the only rows that need not be forecast
@@ -110,18 +108,14 @@ def validate(
     others: Sequence[Run] = (),
     *,
     known: Sequence[Errors] = (),
-    time: Callable[..., StepTime] | None = None,
-    memory: Callable[..., RankMemory] | None = None,
+    time: Callable[..., StepTime] = step_time,
+    memory: Callable[..., RankMemory] = rank_memory,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Scoreboard:
     """Score forecasts of ``runs``; scales and floors may also learn from ``others``, rows that are not scored.
 
     ``known`` are the errors intervals learn from; without it those that the package keeps.
     """
-    if time is None:
-        from bursar.step_time import step_time as time
-    if memory is None:
-        from bursar.rank_memory import rank_memory as memory
     mine = {r.id for r in runs}
     extra = [r for r in others if r.id not in mine]
     failures: dict[str, str] = {}

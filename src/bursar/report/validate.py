@@ -59,11 +59,11 @@ def _tables(board: Scoreboard) -> Iterator[tuple[str, tuple[str, ...], list[tupl
         ]
         if rows:
             yield title, numeric, rows
-    fits = [(x.table, str(x.rows), str(x.skipped), _percent(x.within_10), _caught(x), x.peer)
+    fits: list[tuple[str, ...]] = [(x.table, str(x.rows), str(x.skipped), _percent(x.within_10), _caught(x), x.peer)
             for x in board.lines if x.target == "fits"]  # fmt: skip
     if fits:
         yield "Fits", ("table", "rows", "skip", "right", "out of memory caught", "peer"), fits
-    ranked = [(x.table, str(x.rows), str(x.skipped), _plain(x.kendall_tau), _percent(x.regret))
+    ranked: list[tuple[str, ...]] = [(x.table, str(x.rows), str(x.skipped), _plain(x.kendall_tau), _percent(x.regret))
               for x in board.lines if x.target == "ranking" and x.kendall_tau is not None]  # fmt: skip
     if ranked:
         yield "Ranking of layouts", ("table", "rows", "skip", "Kendall τ", "regret"), ranked
