@@ -18,6 +18,7 @@ from bursar.errors import BadInput
 from bursar.hardware import Cluster
 from bursar.jobs import Job, Layout
 from bursar.plan.intervals import factors
+from bursar.plan.levers import LEVERS, Case, Outcome, Pulled, Settings, measure
 from bursar.plan.search import AXES, NO_MEMORY, Choice, Plan, Question, enumerate_layouts, one
 from bursar.rank_memory import RankMemory, rank_memory
 from bursar.run import spent
@@ -34,11 +35,6 @@ class Usual:
     plan: Plan
     shown: Choice
     fits: bool
-
-
-def sequences(batch_tokens: float, seq_len: int) -> float:
-    """A batch in tokens as the search takes it, in sequences; a fraction is rounded there, layout by layout."""
-    return batch_tokens / seq_len
 
 
 def narrowed(question: Question, cluster: Cluster) -> Question:
@@ -88,8 +84,9 @@ def usual(question: Question, cluster: Cluster, top: int = 8) -> Usual:
                 continue
             took = step_time(job, cluster)
             per_token = np.broadcast_to(took.seconds, rows) / np.asarray(job.tokens)
-            order = fit[np.lexsort((device[fit], per_token[fit]))][:top]
-            found += [(float(per_token[i]), float(device[i]), job, int(i), took, held) for i in order]
+            order = fit[np.lexsort((device[fit], per_token[fit]))]
+            for i in _unlike(job, order, top):
+                found.append((float(per_token[i]), float(device[i]), job, int(i), took, held))
     found.sort(key=lambda entry: entry[:2])
     best = tuple(_choice(asked, cluster, *entry[2:]) for entry in found[:top])
     searched = space.searched * asked.ways
@@ -100,6 +97,24 @@ def usual(question: Question, cluster: Cluster, top: int = 8) -> Usual:
     assert nearest is not None  # there are rows, and none of them fits
     shown = _choice(asked, cluster, *nearest[2:])
     return Usual(Plan(asked, "time", (), searched, reasons, 0), shown, False)
+
+
+def _unlike(job: Job, order: Any, top: int) -> list[int]:
+    """The first ``top`` rows of ``order`` that divide the ranks in different ways: of one way the best is enough."""
+    lay = job.layout
+    ways = np.stack([np.asarray(getattr(lay, a))[order] for a in ("tp", "pp", "cp", "ep", "zero_stage", "fsdp")])
+    _, first = np.unique(ways, axis=1, return_index=True)
+    return [int(order[i]) for i in sorted(first)[:top]]
+
+
+def pulled(choice: Choice) -> tuple[Outcome, tuple[Pulled, ...]]:
+    """What ``choice`` takes, and what each lever alone would make of it, all else as it is."""
+    base, on, settings = Case(choice.job), choice.cluster, Settings()
+    found = []
+    for row in LEVERS:
+        after = row.apply(base, on, settings)
+        found.append(Pulled(row, None, after) if isinstance(after, str) else Pulled(row, measure(after, on)))
+    return measure(base, on), tuple(found)
 
 
 def _job(question: Question, columns: dict[str, Any], precision: str, recompute: str, every: int) -> Job:

@@ -1,4 +1,4 @@
-"""One choice of layout as the figures a page shows, each with what may be asked of it: interval, formula, inputs, source.
+"""One choice of layout as figures of a page, each with what may be asked of it: interval, formula, inputs, source.
 
 Nothing is priced here: what `plan` answered is put into words.
 """
@@ -6,11 +6,12 @@ Nothing is priced here: what `plan` answered is put into words.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bursar.hardware import dtype_name
 from bursar.plan.intervals import factors
-from bursar.plan.search import Choice, Plan, Question
+from bursar.plan.search import Choice, Plan, Question, why
+from bursar.plan.usual import pulled
 from bursar.run import price_of
 from bursar.step_time import flops, parameters, step_time
 from bursar.units import format_bytes, format_count, format_rate, format_seconds, format_usd
@@ -106,6 +107,47 @@ def _parts(values: Mapping[str, float], words: Mapping[str, str]) -> tuple[Part,
     return tuple(Part(n, values[n], values[n] / whole, words.get(n, "")) for n in names if values[n] > 0)
 
 
+def against(best: Choice, other: Choice) -> str:
+    """By which part of a step ``other`` is slower than ``best``, for the same tokens; nothing where it is not."""
+    for name, seconds in why(best, other):
+        if seconds > 0:
+            return f"{name.replace('_', ' ')} +{format_seconds(seconds)}"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One lever alone on a choice: the memory and time of the whole after it, and how far that is from before."""
+
+    name: str
+    title: str
+    source: str
+    same_mathematics: bool
+    missing: str = ""  # why it changes nothing here
+    device_bytes: float = 0.0
+    more_bytes: float = 0.0
+    token_seconds: float = 0.0
+    slower: float = 0.0  # share of the time per token
+    fits: bool = False
+
+
+def changes(choice: Choice) -> tuple[Change, ...]:
+    """Each lever alone on ``choice``."""
+    base, rows = pulled(choice)
+    found = []
+    for row in rows:
+        lever, outcome = row.lever, row.outcome
+        made = Change(lever.name, lever.title, lever.source, lever.same_mathematics, row.why)
+        if outcome is not None:
+            made = replace(
+                made, device_bytes=outcome.device_bytes, more_bytes=outcome.device_bytes - base.device_bytes,
+                token_seconds=outcome.token_seconds, slower=outcome.token_seconds / base.token_seconds - 1,
+                fits=outcome.device_bytes <= choice.cluster.accelerator.usable_bytes,
+            )  # fmt: skip
+        found.append(made)
+    return tuple(found)
+
+
 def verdict(choice: Choice) -> tuple[str, str]:
     """("yes", "perhaps" or "no", the sentence): whether the fullest rank's memory is within what the driver shows."""
     usable, held = choice.cluster.accelerator.usable_bytes, choice.device_bytes
@@ -179,7 +221,8 @@ def _time(choice: Choice, question: Question) -> Figure:
         return Figure("time", "Time", "seconds", None, missing="the tokens of the run are not given")
     low, high = _scaled(choice, choice.steps)
     return Figure(
-        "time", "Time", "seconds", choice.seconds, low, high, "tokens of the run / tokens of a step × seconds of a step",
+        "time", "Time", "seconds", choice.seconds, low, high,
+        "tokens of the run / tokens of a step × seconds of a step",
         (
             Input("tokens of the run", format_count(question.tokens), "asked for"),
             Input("tokens of a step", f"{choice.batch_tokens:,}", "micro-batch × micro-batches × dp × sequence"),
@@ -221,7 +264,7 @@ def _mfu(choice: Choice) -> Figure:
         "model FLOPs of a step / (accelerators × dense peak × seconds of a step)",
         (
             Input("model FLOPs of a step", f"{one.model * int(job.samples):.4g}",
-                  f"{int(job.samples):,} sequences of {one.model:.4g}: products and the attention that the mask lets through"),
+                  f"{int(job.samples):,} sequences of {one.model:.4g}: products, and attention as the mask lets through"),
             Input("parameters", format_count(parameters(job.model)), "counted from the model's shape"),
             Input("accelerators", f"{choice.cluster.count:,}", "asked for"),
             Input(f"dense peak in {dtype}", format_rate(device.peak(dtype), "FLOP"),
@@ -295,7 +338,7 @@ def _rate(choice: Choice) -> Figure:
     low, high = _scaled(choice, 1.0)
     done = value * choice.step_seconds
     return Figure(
-        "rate", "Tokens per GPU and second", "rate", value, None if high is None else done / high,
+        "rate", "Tokens/s per GPU", "rate", value, None if high is None else done / high,
         None if low is None else done / low, "tokens of a step / seconds of a step / accelerators",
         (Input("tokens of a step", f"{choice.batch_tokens:,}"),
          Input("seconds of a step", format_seconds(choice.step_seconds), "see Step"),
@@ -307,7 +350,8 @@ def records(figures: Sequence[Figure]) -> dict[str, dict[str, object]]:
     """For JSON: value, interval and reasons of each figure by its key."""
     return {
         f.key: {
-            "label": f.label, "value": f.value, "low_80": f.low, "high_80": f.high, "unit": f.kind, "formula": f.formula,
+            "label": f.label, "value": f.value, "low_80": f.low, "high_80": f.high, "unit": f.kind,
+            "formula": f.formula,
             "inputs": [{"name": i.name, "value": i.value, "source": i.source} for i in f.inputs],
             "source": f.source, "missing": f.missing or None,
         }

@@ -9,19 +9,20 @@ from typing import Any
 
 import msgspec
 
-from bursar.architecture import Transformer, preset
+from bursar.architecture import preset_keys
 from bursar.errors import BadInput, BursarError
-from bursar.hardware import Cluster, accelerator
-from bursar.jobs import decoder
-from bursar.plan.search import RECOMPUTE, Choice, Plan, Question, search
-from bursar.plan.usual import sequences, usual
+from bursar.hardware import Cluster
+from bursar.plan.request import question_of
+from bursar.plan.search import Choice, Plan, Question, search
+from bursar.plan.usual import usual
 from bursar.report import outlook
-from bursar.report.outlook import Figure, Part
-from bursar.web.state import EVERY, RECOMPUTES, Setup, State, query
+from bursar.report.outlook import Change, Figure, Part
+from bursar.web.state import EVERY, Setup, State, query
 
 TOP = 8  # layouts in the table
-AXES = {"tp": "tp", "pp": "pp", "cp": "cp", "ep": "ep", "zero": "zero_stage", "group": "fsdp", "sp": "sequence_parallel",
-        "virtual": "virtual_stages", "micro": "micro_batch"}  # fmt: skip
+AXES = {"tp": "tp", "pp": "pp", "cp": "cp", "ep": "ep", "zero": "zero_stage", "group": "fsdp",
+        "sp": "sequence_parallel", "virtual": "virtual_stages", "micro": "micro_batch"}  # fmt: skip
+DEPTH = ("L", "N")  # what presets call their number of layers
 SECONDS = 90.0  # a search of every layout gets
 
 
@@ -32,6 +33,7 @@ class Row:
     setup: Setup
     words: tuple[str, str]
     figures: dict[str, Figure]
+    slower_by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def answer(setup: Setup) -> Answered:
 
 def found(setup: Setup) -> Answered:
     """The same, in this process."""
-    question, where = asked(setup), Cluster(accelerator(setup.gpu), setup.gpus)
+    question, where = asked(setup)
     quick = usual(question, where, TOP)
     plan, shown = quick.plan, quick.shown
     if setup.search == EVERY:
@@ -70,20 +72,27 @@ def found(setup: Setup) -> Answered:
     return _said(setup, question, plan, shown)
 
 
-def asked(setup: Setup) -> Question:
-    """``setup`` as a question to the search."""
-    shape = preset(setup.model)
+def asked(setup: Setup) -> tuple[Question, Cluster]:
+    """``setup`` as a question to the search, and where. Raises BursarError for what cannot be meant."""
+    model = setup.model
     if setup.layers is not None:
-        if not isinstance(shape, Transformer):
-            raise BadInput(f"{setup.model} has no depth to change")
-        shape = preset(setup.model, L=setup.layers)
-    given = {axis: getattr(setup, name) for name, axis in AXES.items() if getattr(setup, name) is not None}
-    return Question(
-        decoder(shape), setup.seq, sequences(setup.batch, setup.seq), float(setup.tokens), precisions=(setup.precision,),
-        recompute=RECOMPUTE if setup.recompute is None else (RECOMPUTES[setup.recompute],),
-        attention=setup.attention, optimizer=setup.optimizer, framework=setup.framework,
-        compiled=setup.compiled == "yes", fixed=given, usd_per_gpu_hour=setup.price,
+        depth = next(key for key in DEPTH if key in preset_keys(model))
+        model = f"{model}:{depth}={setup.layers}"
+    given = ((axis, getattr(setup, name)) for name, axis in AXES.items())
+    question, clusters = question_of(
+        model, on=f"{setup.gpus}x{setup.gpu}", tokens=str(setup.tokens), batch_tokens=str(setup.batch),
+        seq_len=str(setup.seq), usd_per_gpu_hour=setup.price,
+        layout=",".join(f"{axis}={value}" for axis, value in given if value is not None),
+        precision=setup.precision, recompute=setup.recompute or "any", attention=setup.attention,
+        optimizer=setup.optimizer, framework=setup.framework, compiled=setup.compiled == "yes",
     )  # fmt: skip
+    return question, clusters[0]
+
+
+def changes(setup: Setup) -> tuple[Change, ...]:
+    """What each lever alone would make of the layout that is shown for ``setup``."""
+    question, where = asked(setup)
+    return outlook.changes(usual(question, where, 1).shown)
 
 
 def _said(setup: Setup, question: Question, plan: Plan, shown: Choice) -> Answered:
@@ -92,16 +101,17 @@ def _said(setup: Setup, question: Question, plan: Plan, shown: Choice) -> Answer
         setup, f"{setup.model} on {shown.cluster.count:,} × {shown.cluster.accelerator.title}", fits, verdict,
         outlook.layout_words(shown), outlook.figures(shown, question), outlook.memory_parts(shown),
         shown.cluster.accelerator.usable_bytes, outlook.time_parts(shown),
-        tuple(_row(setup, question, choice) for choice in plan.layouts),
+        tuple(_row(setup, question, choice, plan.layouts[0]) for choice in plan.layouts),
         plan.searched, plan.feasible, dict(plan.rejected), outlook.assumptions(shown, question, plan),
     )  # fmt: skip
 
 
-def _row(setup: Setup, question: Question, choice: Choice) -> Row:
+def _row(setup: Setup, question: Question, choice: Choice, best: Choice) -> Row:
     lay = choice.job.layout
     taken: dict[str, Any] = {name: int(getattr(lay, axis)) for name, axis in AXES.items() if axis != "micro_batch"}
     taken |= {"micro": int(choice.job.micro_batch), "recompute": choice.recompute}
-    return Row(replace(setup, search="usual", **taken), outlook.layout_words(choice), outlook.brief(choice, question))
+    mine = replace(setup, search="usual", **taken)
+    return Row(mine, outlook.layout_words(choice), outlook.brief(choice, question), outlook.against(best, choice))
 
 
 def _apart(setup: Setup) -> Answered:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from bursar import __version__
 from bursar.errors import printable
 from bursar.report.bars import bar
-from bursar.report.outlook import Figure, Part, ratio
+from bursar.report.outlook import Change, Figure, Part, ratio
 from bursar.units import format_bytes, format_count, format_seconds, format_share, format_usd
 from bursar.web.answers import Answered
 from bursar.web.state import EVERY, SECOND, Setup, State, form, query, shown, written
@@ -79,8 +79,10 @@ def _templates() -> Environment:
         "shown": _figure, "low": lambda f: _bound(f, f.low), "high": lambda f: _bound(f, f.high),
         "words": _words, "bytes": format_bytes, "seconds": format_seconds, "share": format_share,
         "times": lambda x: "n/a" if x is None else f"{format_count(x)} ×",
-        "link": lambda setup: _address(State(setup)),
-        "every": lambda setup: _address(State(replace(setup, search=EVERY))), "memory_bar": _memory_bar,
+        "link": _link,
+        "every": lambda setup, side, other: _link(replace(setup, search=EVERY), side, other),
+        "more": lambda x: f"{'-' if x < 0 else '+'}{format_bytes(abs(x))}",
+        "slower": lambda x: f"{'-' if x < 0 else '+'}{format_share(abs(x))}", "memory_bar": _memory_bar,
         "time_bar": _time_bar,
     }  # fmt: skip
     return made
@@ -89,6 +91,19 @@ def _templates() -> Environment:
 def _address(state: State, path: str = "/") -> str:
     asked = query(state)
     return f"{path}?{asked}" if asked else path
+
+
+def _link(setup: Setup, side: str, other: Setup | None) -> str:
+    """The page with ``setup`` on its side of the comparison, the other side as it is."""
+    if other is None:
+        return _address(State(setup))
+    return _address(State(setup, other) if side == "a-" else State(other, setup))
+
+
+def levers(state: State, changes: Sequence[Change], part: bool) -> str:
+    """What each lever alone would do: the table, or a page around it."""
+    template = _templates().get_template("levers.html" if part else "levers_page.html")
+    return template.render(changes=changes, back=_address(State(state.first)), title="Levers · bursar")
 
 
 def changing(state: State, first: Answered, second: Answered | None) -> str:
@@ -104,6 +119,7 @@ def changing(state: State, first: Answered, second: Answered | None) -> str:
         answers=answers, second=second, versus=versus, headline=HEADLINE, here=_address(state),
         alone=_address(State(state.first)), both=_address(State(state.first, state.second or state.first)),
         swapped=_address(State(state.second or state.first, state.first)), api=_address(state, "/api"),
+        levers=_address(State(state.first), "/levers"),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     Guard    method, Host, Origin, length; headers on every reply (FAULTS: rebinding, forged requests, traversal)
     Desk     answers on threads of its own, so that a slow one does not hold up the others; remembers the last ones
-    app      four addresses: the page, its changing part, JSON, and the files of `FILES`, which are in memory
+    app      the page, its changing part, the levers, JSON, and the files of `FILES`, which are in memory
 
 No address names a file: a name that is not in the table is not found, however it is written.
 """
@@ -28,14 +28,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bursar.errors import BursarError
+from bursar.report.outlook import Change
 from bursar.web import pages
-from bursar.web.answers import Answered, answer, record
-from bursar.web.state import BadField, Setup, State, parse, query
+from bursar.web.answers import Answered, answer, changes, record
+from bursar.web.state import EVERY, BadField, Setup, State, parse, query
 
 LONGEST_QUERY = 4096  # bytes; all fields of two set-ups at their longest have fewer
 MOST_FIELDS = 64
-SECONDS = 20.0  # for one answer; the longest search of the catalogue takes less
-THREADS = 3
+SECONDS = 95.0  # that one request waits: longer than a search of every layout may take
+THREADS = 2  # numbers hold the interpreter's lock, so more would not be faster
 WAITING = 200  # answers asked for and not begun; beyond that, come back later
 REMEMBERED = 256  # answers
 REMEMBERED_BYTES = 12_000_000  # of pages, as they went out
@@ -108,48 +109,62 @@ class Busy(Exception):
 
 
 class Desk:
-    """Answers questions on a few threads, each of them once; the last ones are remembered."""
+    """Answers questions on a few threads, each of them once; the last ones are remembered.
 
-    def __init__(self, work: Callable[[Setup], Answered], *, threads: int = THREADS, seconds: float = SECONDS) -> None:
+    Searches of every layout have a thread to themselves, and wait for one another there.
+    """
+
+    def __init__(self, work: Callable[[Setup], Answered] = answer, seconds: float = SECONDS) -> None:
         self.work, self.seconds = work, seconds
-        self.pool = ThreadPoolExecutor(threads, "answer")
-        self.done: OrderedDict[Setup, asyncio.Future[Answered]] = OrderedDict()
+        self.quick, self.slow = ThreadPoolExecutor(THREADS, "answer"), ThreadPoolExecutor(1, "search")
+        self.done: OrderedDict[tuple[str, Setup], asyncio.Future[Any]] = OrderedDict()
         self.open = 0
 
     async def ask(self, state: State) -> tuple[Answered, Answered | None]:
         """The answers for both set-ups. Raises Busy."""
-        asked = [self._one(state.first)] + ([] if state.second is None else [self._one(state.second)])
-        done, _ = await asyncio.wait(asked, timeout=self.seconds)
-        if len(done) < len(set(asked)):
-            raise Busy(
-                f"no answer within {self.seconds:g} s; fewer GPUs, or some of the layout's fields set, are quicker"
-            )
-        found = [a.result() for a in asked]
+        asked = [self._one("answer", self.work, state.first)]
+        if state.second is not None:
+            asked.append(self._one("answer", self.work, state.second))
+        found = await self._all(asked)
         return found[0], found[1] if len(found) > 1 else None
 
-    def _one(self, setup: Setup) -> asyncio.Future[Answered]:
-        known = self.done.get(setup)
+    async def levers(self, setup: Setup) -> tuple[Change, ...]:
+        """What each lever would do. Raises Busy."""
+        found = await self._all([self._one("levers", changes, setup)])
+        return tuple(found[0])
+
+    async def _all(self, asked: list[asyncio.Future[Any]]) -> list[Any]:
+        done, _ = await asyncio.wait(set(asked), timeout=self.seconds)
+        if len(done) < len(set(asked)):
+            raise Busy(f"no answer within {self.seconds:g} s: it is still being worked out, so ask again in a while")
+        return [a.result() for a in asked]
+
+    def _one(self, what: str, work: Callable[[Setup], Any], setup: Setup) -> asyncio.Future[Any]:
+        key = (what, setup)
+        known = self.done.get(key)
         if known is not None:
-            self.done.move_to_end(setup)
+            self.done.move_to_end(key)
             return known
         if self.open >= WAITING:
             raise Busy("too many questions at once; ask again in a moment")
-        future = asyncio.wrap_future(self.pool.submit(self.work, setup))
+        slow = setup.search == EVERY and what == "answer"
+        future = asyncio.wrap_future((self.slow if slow else self.quick).submit(work, setup))
         self.open += 1
-        self.done[setup] = future
-        future.add_done_callback(lambda f: self._finished(setup, f))
+        self.done[key] = future
+        future.add_done_callback(lambda f: self._finished(key, f))
         while len(self.done) > REMEMBERED:
             self.done.popitem(last=False)
         return future
 
-    def _finished(self, setup: Setup, future: asyncio.Future[Answered]) -> None:
+    def _finished(self, key: tuple[str, Setup], future: asyncio.Future[Any]) -> None:
         self.open -= 1
         if future.cancelled() or future.exception() is not None:
-            self.done.pop(setup, None)
+            self.done.pop(key, None)
 
     def close(self) -> None:
         """Begin nothing more."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.quick, self.slow):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +221,11 @@ class Site:
         """The same as JSON."""
         return await self._reply(request, "api", _json, "application/json")
 
+    async def levers(self, request: Request) -> Response:
+        """What each lever alone would do to the first set-up's layout: a part of the page, or a page by itself."""
+        part = request.headers.get("hx-request") == "true"
+        return await self._reply(request, "levers-part" if part else "levers", pages.levers, "text/html")
+
     async def file(self, request: Request) -> Response:
         """A file of the table."""
         found = self.files.get(request.path_params["name"])
@@ -220,9 +240,7 @@ class Site:
         """Any other address."""
         return _plain(404, "no such page; the page is at /")
 
-    async def _reply(
-        self, request: Request, what: str, render: Callable[[State, Any, Any], str | bytes], kind: str
-    ) -> Response:
+    async def _reply(self, request: Request, what: str, render: Callable[..., str | bytes], kind: str) -> Response:
         raw: bytes = request.scope["query_string"]
         known = self.made.get((what, raw))
         if known is not None:
@@ -237,7 +255,7 @@ class Site:
                 self.made_bytes -= len(gone.body) + len(old)
         return made.response()
 
-    async def _make(self, raw: bytes, what: str, render: Callable[[State, Any, Any], str | bytes], kind: str) -> Made:
+    async def _make(self, raw: bytes, what: str, render: Callable[..., str | bytes], kind: str) -> Made:
         pairs: list[tuple[str, str]] = []
         try:
             pairs = parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=MOST_FIELDS)
@@ -245,10 +263,12 @@ class Site:
             return self._refused(what, pairs, BadField("address", "this address cannot be read"))
         try:
             state = parse(pairs)
-            first, second = await self.desk.ask(state)
+            if what.startswith("levers"):
+                body = render(state, await self.desk.levers(state.first), what == "levers-part")
+            else:
+                body = render(state, *await self.desk.ask(state))
         except (BursarError, Busy) as error:
             return self._refused(what, pairs, error)
-        body = render(state, first, second)
         more = (("hx-replace-url", "/?" + query(state)),) if what == "part" else ()
         return Made(200, body if isinstance(body, bytes) else body.encode(), kind, more)
 
@@ -259,7 +279,7 @@ class Site:
         if what == "api":
             body = msgspec.json.encode({"schema_version": 1, "error": str(error), "field": name or None})
             return Made(status, body, "application/json", more)
-        render = pages.whole_refused if what == "page" else pages.part_refused
+        render = pages.whole_refused if what in ("page", "levers") else pages.part_refused
         return Made(status, render(pairs, str(error), name, waiting=waiting).encode(), "text/html", more)
 
 
@@ -270,12 +290,13 @@ def _json(state: State, first: Answered, second: Answered | None) -> bytes:
     return msgspec.json.encode(found)
 
 
-def app(hosts: frozenset[str], work: Callable[[Setup], Answered] = answer, **limits: Any) -> ASGIApp:
+def app(hosts: frozenset[str], desk: Desk | None = None) -> ASGIApp:
     """The page's ASGI application, answering requests for ``hosts`` (``127.0.0.1:8765``) and no others."""
-    site = Site(Desk(work, **limits))
+    site = Site(desk or Desk())
     routes = [
         Route("/", site.page, methods=["GET"]),
         Route("/part", site.part, methods=["GET"]),
+        Route("/levers", site.levers, methods=["GET"]),
         Route("/api", site.api, methods=["GET"]),
         Route("/static/{name}", site.file, methods=["GET"]),
     ]

@@ -20,8 +20,7 @@ from bursar.jobs import PRECISIONS, decoder
 from bursar.units import parse_count, write_count
 
 EVERY = "every"  # search every layout, not the usual ones
-RECOMPUTES = {"none": ("none", 1), "selective": ("selective", 1), "full": ("full", 1), "every_k:2": ("full", 2),
-              "every_k:4": ("full", 4), "every_k:8": ("full", 8)}  # fmt: skip
+RECOMPUTE = ("none", "selective", "full", "every_k:2", "every_k:4", "every_k:8")
 AUTO = "auto"  # the search decides
 SECOND = "b."  # before the names of the second set-up's fields
 LONGEST = 40  # letters of one value; the longest name of a table has fewer
@@ -112,7 +111,7 @@ def form() -> tuple[Field, ...]:
         Field("seq", "Sequence", "run", "count", low=16, high=1_048_576, unit="tokens", stops=SEQUENCES),
         Field("precision", "Precision", "levers", "choice", PRECISIONS),
         Field("optimizer", "Optimizer", "levers", "choice", OPTIMIZERS),
-        Field("recompute", "Recompute", "levers", "choice", tuple(RECOMPUTES), auto="search"),
+        Field("recompute", "Recompute", "levers", "choice", RECOMPUTE, auto="search"),
         Field("attention", "Attention", "levers", "choice", ("flash", "fused", "naive")),
         Field("compiled", "Compiled", "levers", "choice", ("no", "yes")),
         Field("framework", "Framework", "levers", "choice", tuple(frameworks())),

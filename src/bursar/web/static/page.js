@@ -14,8 +14,9 @@ for (const field of document.querySelectorAll("input[data-stops]")) {
   slider.min = 0;
   slider.max = stops.length - 1;
   slider.setAttribute("aria-label", `${label}, slider`);
+  const first = document.getElementById(field.id.replace("f-b.", "f-"));
   const nearest = () => {
-    const asked = number(field.value);
+    const asked = number(field.value || first.value); // an empty second field is as the first
     if (Number.isNaN(asked)) return;
     let best = 0;
     values.forEach((v, i) => {
@@ -33,6 +34,7 @@ for (const field of document.querySelectorAll("input[data-stops]")) {
   });
   slider.addEventListener("change", (event) => event.stopPropagation());
   field.addEventListener("input", nearest);
+  if (first !== field) first.addEventListener("change", nearest);
   field.after(slider);
 }
 const mark = () => {
