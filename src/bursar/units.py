@@ -305,6 +305,8 @@ def format_usd(usd: Number | None) -> str:
 def _finite(value: Number | None) -> bool:
     if value is None:
         return False
+    if isinstance(value, float):  # before the protocols, which are slow to ask
+        return math.isfinite(value)
     if isinstance(value, SupportsIndex):
         return True  # an int of any size is finite, and float() of a large one raises
     return math.isfinite(float(value))
@@ -314,6 +316,8 @@ def _decimal(value: Number | Decimal | None) -> Decimal:
     """``value`` as a decimal: an integer exactly, a float by its shortest repr, which is what its writer meant."""
     if isinstance(value, Decimal):
         return value
+    if isinstance(value, float):
+        return Decimal(repr(float(value)))
     if isinstance(value, SupportsIndex):
         return Decimal(value.__index__())
     if isinstance(value, SupportsFloat):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,18 @@ class Usual:
     fits: bool
 
 
+class Entry(NamedTuple):
+    """A layout among those of a job's arrays: its time per token and its memory, and where they stand."""
+
+    per_token: float
+    device_bytes: float
+    job: Job
+    row: int  # of ``job`` and ``took``
+    took: StepTime
+    held: RankMemory
+    held_row: int
+
+
 def narrowed(question: Question, cluster: Cluster) -> Question:
     """``question`` about the usual layouts alone; an axis that is given stays as given."""
     joined = min(cluster.scaleup_size if cluster.scaleup_size > 1 else cluster.node_size, 64)
@@ -44,11 +56,11 @@ def narrowed(question: Question, cluster: Cluster) -> Question:
         "tp": _powers(joined),
         "pp": _powers(16),
         "cp": _powers(min(16, max(1, question.seq_len // TOKENS_PER_PIECE))),
-        "ep": _powers(64),
+        "ep": (1, 8, 16, 32, 64),
         "zero_stage": (0, 1, 3),
         "fsdp": (1,),
-        "virtual_stages": (1, 2, 4, 5, 8),
-        "micro_batch": _powers(16 if cluster.count > 1 else 256),
+        "virtual_stages": (1, 2, 4, 5),
+        "micro_batch": _powers(8 if cluster.count > 1 else 256),
     }
     return replace(
         question, fixed={**few, **question.fixed}, schedules=("1f1b", "interleaved"),
@@ -68,8 +80,8 @@ def usual(question: Question, cluster: Cluster, top: int = 8) -> Usual:
         )
     usable = cluster.accelerator.usable_bytes
     rejected = Counter({why: n * asked.ways for why, n in space.rejected.items()})
-    found: list[tuple[float, float, Job, int, StepTime, RankMemory]] = []
-    nearest: tuple[float, float, Job, int, StepTime, RankMemory] | None = None
+    found: list[Entry] = []
+    misses: list[Entry] = []
     for precision in asked.precisions:
         for recompute, every in asked.recompute:
             job = _job(asked, space.columns, precision, recompute, every)
@@ -78,33 +90,36 @@ def usual(question: Question, cluster: Cluster, top: int = 8) -> Usual:
             fit = np.flatnonzero(device <= usable)
             rejected[NO_MEMORY] += rows - len(fit)
             if not len(fit):
-                least = int(np.argmin(device))
-                if nearest is None or device[least] < nearest[1]:
-                    nearest = (math.inf, float(device[least]), job, least, step_time(job, cluster), held)
-                continue
-            took = step_time(job, cluster)
-            per_token = np.broadcast_to(took.seconds, rows) / np.asarray(job.tokens)
-            order = fit[np.lexsort((device[fit], per_token[fit]))]
-            for i in _unlike(job, order, top):
-                found.append((float(per_token[i]), float(device[i]), job, int(i), took, held))
-    found.sort(key=lambda entry: entry[:2])
-    best = tuple(_choice(asked, cluster, *entry[2:]) for entry in found[:top])
+                fit = np.array([int(np.argmin(device))])
+            job = _job(asked, {a: column[fit] for a, column in space.columns.items()}, precision, recompute, every)
+            took, device = step_time(job, cluster), device[fit]
+            per_token = np.broadcast_to(took.seconds, len(fit)) / np.asarray(job.tokens)
+            entries = [
+                Entry(float(per_token[i]), float(device[i]), job, i, took, held, int(fit[i]))
+                for i in _unlike(job, np.lexsort((device, per_token)), top)
+            ]
+            (found if device[0] <= usable else misses).extend(entries)
+    found.sort(key=lambda e: (e.per_token, e.device_bytes))
+    best = tuple(_choice(asked, cluster, entry) for entry in found[:top])
+    nearest = found[0] if found else min(misses, key=lambda e: e.device_bytes)
     searched = space.searched * asked.ways
-    feasible = searched - sum(rejected.values())
-    reasons = {why: n for why, n in rejected.most_common() if n}
-    if best:
-        return Usual(Plan(asked, "time", best, searched, reasons, feasible), best[0], True)
-    assert nearest is not None  # there are rows, and none of them fits
-    shown = _choice(asked, cluster, *nearest[2:])
-    return Usual(Plan(asked, "time", (), searched, reasons, 0), shown, False)
+    plan = Plan(
+        asked, "time", best, searched, {why: n for why, n in rejected.most_common() if n},
+        searched - sum(rejected.values()), assumptions=nearest.took.assumptions,
+    )  # fmt: skip
+    return Usual(plan, best[0] if best else _choice(asked, cluster, nearest), bool(best))
 
 
 def _unlike(job: Job, order: Any, top: int) -> list[int]:
     """The first ``top`` rows of ``order`` that divide the ranks in different ways: of one way the best is enough."""
     lay = job.layout
-    ways = np.stack([np.asarray(getattr(lay, a))[order] for a in ("tp", "pp", "cp", "ep", "zero_stage", "fsdp")])
-    _, first = np.unique(ways, axis=1, return_index=True)
-    return [int(order[i]) for i in sorted(first)[:top]]
+    ways = np.stack([np.asarray(getattr(lay, a)) for a in ("tp", "pp", "cp", "ep", "zero_stage", "fsdp")], axis=1)
+    found: dict[tuple[int, ...], int] = {}
+    for row in order.tolist():
+        found.setdefault(tuple(ways[row].tolist()), row)
+        if len(found) == top:
+            break
+    return list(found.values())
 
 
 def pulled(choice: Choice) -> tuple[Outcome, tuple[Pulled, ...]]:
@@ -126,14 +141,15 @@ def _job(question: Question, columns: dict[str, Any], precision: str, recompute:
     )  # fmt: skip
 
 
-def _choice(question: Question, cluster: Cluster, job: Job, row: int, took: StepTime, held: RankMemory) -> Choice:
-    """The layout in one row of a job's arrays."""
+def _choice(question: Question, cluster: Cluster, entry: Entry) -> Choice:
+    """The layout of an entry, out of its job's arrays."""
 
-    def of(value: Any) -> float:
+    def of(value: Any, row: int) -> float:
         made = np.asarray(value)
         return float(made[row] if made.ndim else made)
 
-    picked, seconds, peak = one(job, row), of(took.seconds), of(held.peak_bytes)
+    took, held, at = entry.took, entry.held, entry.held_row
+    picked, seconds, peak = one(entry.job, entry.row), of(took.seconds, entry.row), of(held.peak_bytes, at)
     if picked.layout.virtual_stages == 1:  # the same, by its usual name
         picked = replace(picked, layout=replace(picked.layout, schedule="1f1b"))
     steps = run = usd = kwh = None
@@ -143,8 +159,8 @@ def _choice(question: Question, cluster: Cluster, job: Job, row: int, took: Step
         usd, kwh = spent(cluster, run, question.usd_per_gpu_hour)
     time, memory = factors(picked, cluster, "step_time"), factors(picked, cluster, "peak_memory")
     return Choice(
-        cluster, picked, seconds, of(took.mfu), peak, of(held.device_bytes),
-        {k: of(v) for k, v in took.parts.items()}, {k: of(v) for k, v in held.parts.items()},
+        cluster, picked, seconds, of(took.mfu, entry.row), peak, of(held.device_bytes, at),
+        {k: of(v, entry.row) for k, v in took.parts.items()}, {k: of(v, at) for k, v in held.parts.items()},
         steps, run, usd, kwh, (seconds * time.low, seconds * time.high), (peak * memory.low, peak * memory.high),
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ Nothing is priced here: what `plan` answered is put into words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from bursar.plan.intervals import factors
 from bursar.plan.search import Choice, Plan, Question, why
 from bursar.plan.usual import pulled
 from bursar.run import price_of
-from bursar.step_time import flops, parameters, step_time
+from bursar.step_time import flops, parameters
 from bursar.units import format_bytes, format_count, format_rate, format_seconds, format_usd
 
 MEMORY = {  # parts of a rank's memory, in words
@@ -40,6 +41,13 @@ TIME = {  # parts of a step, in words; what is sent counts as far as nothing hid
     "bubble": "stages that wait for one another",
     "optimizer": "the update",
 }
+
+
+LABELS = {  # of each figure: how it is called, and how it is written
+    "time": ("Time", "seconds"), "usd": ("Cost", "usd"), "mfu": ("MFU", "share"), "memory": ("Memory per GPU", "bytes"),
+    "step": ("One step", "seconds"), "hours": ("GPU-hours", "hours"), "kwh": ("Energy", "kwh"),
+    "rate": ("Tokens/s per GPU", "rate"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,26 +162,67 @@ def verdict(choice: Choice) -> tuple[str, str]:
     of = f"{format_bytes(held)} of the {format_bytes(usable)} of each {choice.cluster.accelerator.name}"
     if held > usable:
         return "no", f"Does not fit: {of}, {format_bytes(held - usable)} too much."
-    high = _memory(choice).high
+    high = _ranges(choice)["memory"][2]
     if high is not None and high > usable:
         return "perhaps", f"Fits: {of}. The interval reaches {format_bytes(high)}, so try it before you rely on it."
     return "yes", f"Fits: {of}, and so does the whole interval."
 
 
+LABELS = {  # of each figure: how it is called, and how it is written
+    "time": ("Time", "seconds"), "usd": ("Cost", "usd"), "mfu": ("MFU", "share"), "memory": ("Memory per GPU", "bytes"),
+    "step": ("One step", "seconds"), "hours": ("GPU-hours", "hours"), "kwh": ("Energy", "kwh"),
+    "rate": ("Tokens/s per GPU", "rate"),
+}  # fmt: skip
+
+
 def figures(choice: Choice, question: Question) -> dict[str, Figure]:
-    """The headline figures by key: time usd mfu memory step hours kwh rate."""
-    made = (
-        _time(choice, question), _usd(choice, question), _mfu(choice), _memory(choice), _step(choice),
-        _hours(choice), _kwh(choice), _rate(choice),
-    )  # fmt: skip
-    return {f.key: f for f in made}
+    """The figures by key, in the order of `LABELS`, each with its reasons."""
+    reasons = {
+        "time": _time(choice, question), "usd": _usd(choice, question), "mfu": _mfu(choice), "memory": _memory(choice),
+        "step": _step(choice), "hours": _hours(choice), "kwh": _kwh(choice), "rate": _rate(choice),
+    }  # fmt: skip
+    found = {}
+    for key, figure in brief(choice).items():
+        why = reasons[key]
+        if figure.value is None:
+            found[key] = replace(figure, missing=why.missing)
+        else:
+            found[key] = replace(figure, formula=why.formula, inputs=why.inputs, source=why.source)
+    return found
 
 
-def brief(choice: Choice, question: Question) -> dict[str, Figure]:
-    """The figures of a row in a table, without their reasons: the row's own page has them."""
-    row = {"step": _step(choice), "mfu": _mfu(choice), "memory": _memory(choice), "time": _time(choice, question),
-           "usd": _usd(choice, question)}  # fmt: skip
-    return {k: Figure(f.key, f.label, f.kind, f.value, f.low, f.high) for k, f in row.items()}
+def brief(choice: Choice) -> dict[str, Figure]:
+    """The same without their reasons: for a row of a table, whose own page has them."""
+    return {key: Figure(key, *LABELS[key], *values) for key, values in _ranges(choice).items()}
+
+
+def _ranges(choice: Choice) -> dict[str, tuple[float | None, float | None, float | None]]:
+    """Each figure's value and its 80 % interval: time's for what grows with the step, its inverse for rates."""
+    step, interval = choice.step_seconds, choice.step_interval
+    outside = choice.device_bytes - choice.peak_bytes
+    low, high = (None, None) if interval is None else (interval[0] / step, interval[1] / step)
+
+    def grows(value: float | None) -> tuple[float | None, float | None, float | None]:
+        if value is None or low is None or high is None:
+            return value, None, None
+        return value, value * low, value * high
+
+    def shrinks(value: float, most: float) -> tuple[float | None, float | None, float | None]:
+        if low is None or high is None:
+            return value, None, None
+        return value, value / high, min(most, value / low)
+
+    peak = choice.peak_interval
+    memory = (None, None) if peak is None else (peak[0] + outside, peak[1] + outside)
+    return {
+        "time": grows(choice.seconds), "usd": grows(choice.usd), "mfu": shrinks(choice.mfu, 1.0),
+        "memory": (choice.device_bytes, *memory), "step": grows(step), "hours": grows(_gpu_hours(choice)),
+        "kwh": grows(choice.kwh), "rate": shrinks(choice.tokens_per_gpu_second, math.inf),
+    }  # fmt: skip
+
+
+def _gpu_hours(choice: Choice) -> float | None:
+    return None if choice.seconds is None else choice.cluster.count * choice.seconds / 3600
 
 
 def assumptions(choice: Choice, question: Question, plan: Plan) -> tuple[str, ...]:
@@ -186,7 +235,6 @@ def assumptions(choice: Choice, question: Question, plan: Plan) -> tuple[str, ..
             f"{int(choice.job.samples):,} sequences"
         )
     said += [*choice.cluster.accelerator.assumptions, *plan.assumptions]
-    said += step_time(choice.job, choice.cluster).assumptions
     said.append(
         f"{question.framework} as the framework: its bytes per gradient and state, its padding, its habits of overlap; "
         f"{question.attention} attention, {question.optimizer}"
@@ -199,11 +247,14 @@ def ratio(a: Figure, b: Figure) -> float | None:
     return b.value / a.value if a.value and b.value is not None else None
 
 
-def _scaled(choice: Choice, by: float) -> tuple[float | None, float | None]:
-    """The interval of the step's seconds, times ``by``."""
-    if choice.step_interval is None:
-        return None, None
-    return choice.step_interval[0] * by, choice.step_interval[1] * by
+@dataclass(frozen=True, slots=True)
+class Why:
+    """What may be asked of a figure, or why there is none."""
+
+    formula: str
+    inputs: tuple[Input, ...] = ()
+    source: str = ""
+    missing: str = ""
 
 
 def _learnt(choice: Choice, target: str) -> str:
@@ -216,60 +267,50 @@ def _learnt(choice: Choice, target: str) -> str:
     )
 
 
-def _time(choice: Choice, question: Question) -> Figure:
-    if choice.seconds is None or choice.steps is None:
-        return Figure("time", "Time", "seconds", None, missing="the tokens of the run are not given")
-    low, high = _scaled(choice, choice.steps)
-    return Figure(
-        "time", "Time", "seconds", choice.seconds, low, high,
+def _time(choice: Choice, question: Question) -> Why:
+    return Why(
         "tokens of the run / tokens of a step × seconds of a step",
         (
             Input("tokens of the run", format_count(question.tokens), "asked for"),
             Input("tokens of a step", f"{choice.batch_tokens:,}", "micro-batch × micro-batches × dp × sequence"),
-            Input("steps", f"{choice.steps:,}", "rounded up"),
-            Input("seconds of a step", format_seconds(choice.step_seconds), "see Step"),
+            Input("steps", format_count(choice.steps), "rounded up"),
+            Input("seconds of a step", format_seconds(choice.step_seconds), "see One step"),
         ),
         "Without restarts, evaluation and checkpoints. " + _learnt(choice, "step_time"),
-    )  # fmt: skip
+        "the tokens of the run are not given",
+    )
 
 
-def _usd(choice: Choice, question: Question) -> Figure:
+def _usd(choice: Choice, question: Question) -> Why:
     device = choice.cluster.accelerator
     price = price_of(device, question.usd_per_gpu_hour)
-    if choice.usd is None or choice.seconds is None or price is None:
-        return Figure("usd", "Cost", "usd", None, missing=f"the catalogue has no price for {device.name}; give yours")
     given = question.usd_per_gpu_hour is not None
-    by = choice.usd / choice.step_seconds
-    low, high = _scaled(choice, by)
-    return Figure(
-        "usd", "Cost", "usd", choice.usd, low, high, "GPU-hours × price",
+    return Why(
+        "GPU-hours × price",
         (
-            Input("GPU-hours", format_count(_hours(choice).value), "see GPU-hours"),
+            Input("GPU-hours", format_count(_gpu_hours(choice)), "see GPU-hours"),
             Input("price", f"{format_usd(price)} per GPU-hour",
                   "asked for" if given else f"{device.price_source}, {device.price_date}"),
         ),
         _learnt(choice, "step_time"),
+        f"the catalogue has no price for {device.name}; give yours",
     )  # fmt: skip
 
 
-def _mfu(choice: Choice) -> Figure:
+def _mfu(choice: Choice) -> Why:
     job, device = choice.job, choice.cluster.accelerator
     dtype = _dtype(job.precision, device.peak_flops_per_s)
-    low, high = _scaled(choice, 1.0)
-    used = choice.mfu * choice.step_seconds
-    one = flops(job)
-    return Figure(
-        "mfu", "MFU", "share", choice.mfu, None if high is None else used / high,
-        None if low is None else min(1.0, used / low),
+    one, samples = flops(job).model, int(job.samples)
+    return Why(
         "model FLOPs of a step / (accelerators × dense peak × seconds of a step)",
         (
-            Input("model FLOPs of a step", f"{one.model * int(job.samples):.4g}",
-                  f"{int(job.samples):,} sequences of {one.model:.4g}: products, and attention as the mask lets through"),
+            Input("model FLOPs of a step", f"{one * samples:.4g}",
+                  f"{samples:,} sequences of {one:.4g}: products, and attention as the mask lets through"),
             Input("parameters", format_count(parameters(job.model)), "counted from the model's shape"),
             Input("accelerators", f"{choice.cluster.count:,}", "asked for"),
             Input(f"dense peak in {dtype}", format_rate(device.peak(dtype), "FLOP"),
                   device.sources.get("peak_flops_per_s", "")),
-            Input("seconds of a step", format_seconds(choice.step_seconds), "see Step"),
+            Input("seconds of a step", format_seconds(choice.step_seconds), "see One step"),
         ),
         _learnt(choice, "step_time"),
     )  # fmt: skip
@@ -280,16 +321,13 @@ def _dtype(precision: str, peaks: Mapping[str, float]) -> str:
     return plain if plain in peaks else "bf16"
 
 
-def _memory(choice: Choice) -> Figure:
-    device, outside = choice.cluster.accelerator, choice.device_bytes - choice.peak_bytes
-    low = high = None
-    if choice.peak_interval is not None:
-        low, high = (choice.peak_interval[0] + outside, choice.peak_interval[1] + outside)
-    return Figure(
-        "memory", "Memory per GPU", "bytes", choice.device_bytes, low, high, "the sum of the parts on the fullest rank",
+def _memory(choice: Choice) -> Why:
+    device = choice.cluster.accelerator
+    return Why(
+        "the sum of the parts on the fullest rank",
         (
             Input("allocated at the peak", format_bytes(choice.peak_bytes), "see the bar below"),
-            Input("outside", format_bytes(outside), MEMORY["outside"]),
+            Input("outside", format_bytes(choice.device_bytes - choice.peak_bytes), MEMORY["outside"]),
             Input("usable", format_bytes(device.usable_bytes),
                   device.sources.get("usable_memory_bytes") or device.sources.get("memory_bytes", "")),
         ),
@@ -297,52 +335,45 @@ def _memory(choice: Choice) -> Figure:
     )  # fmt: skip
 
 
-def _step(choice: Choice) -> Figure:
-    low, high = _scaled(choice, 1.0)
-    parts = tuple(Input(p.name.replace("_", " "), format_seconds(p.value), p.says) for p in time_parts(choice))
-    return Figure(
-        "step", "One step", "seconds", choice.step_seconds, low, high,
-        "the sum of the parts, on the slowest rank, as far as nothing hides them", parts,
+def _step(choice: Choice) -> Why:
+    return Why(
+        "the sum of the parts, on the slowest rank, as far as nothing hides them",
+        tuple(Input(p.name.replace("_", " "), format_seconds(p.value), p.says) for p in time_parts(choice)),
         "Efficiencies and networks: catalog/coefficients.toml, from datasheets and published microbenchmarks, none "
         "fitted to a step. " + _learnt(choice, "step_time"),
-    )  # fmt: skip
+    )
 
 
-def _hours(choice: Choice) -> Figure:
-    hours = choice.record()["gpu_hours"]
-    low, high = (None, None) if hours is None else _scaled(choice, hours / choice.step_seconds)
-    return Figure(
-        "hours", "GPU-hours", "hours", hours, low, high, "accelerators × hours",
+def _hours(choice: Choice) -> Why:
+    return Why(
+        "accelerators × hours",
         (Input("accelerators", f"{choice.cluster.count:,}", "asked for"),
          Input("time", format_seconds(choice.seconds), "see Time")),
-        missing="" if hours is not None else "the tokens of the run are not given",
+        _learnt(choice, "step_time"),
+        "the tokens of the run are not given",
     )  # fmt: skip
 
 
-def _kwh(choice: Choice) -> Figure:
+def _kwh(choice: Choice) -> Why:
     device = choice.cluster.accelerator
-    if choice.kwh is None:
-        return Figure("kwh", "Energy", "kwh", None, missing=f"the catalogue has no board power for {device.name}")
-    low, high = _scaled(choice, choice.kwh / choice.step_seconds)
-    return Figure(
-        "kwh", "Energy", "kwh", choice.kwh, low, high, "accelerators × board power × hours × PUE",
-        (Input("board power", f"{device.tdp_watts:g} W", device.sources.get("tdp_watts", "")),
+    return Why(
+        "accelerators × board power × hours × PUE",
+        (Input("board power", "n/a" if device.tdp_watts is None else f"{device.tdp_watts:g} W",
+               device.sources.get("tdp_watts", "")),
          Input("PUE", "1.0", "assumed: the building's own use is not in it, nor are the hosts"),
-         Input("GPU-hours", format_count(_hours(choice).value), "see GPU-hours")),
+         Input("GPU-hours", format_count(_gpu_hours(choice)), "see GPU-hours")),
         "At full board power throughout, which is an upper bound.",
+        f"the catalogue has no board power for {device.name}",
     )  # fmt: skip
 
 
-def _rate(choice: Choice) -> Figure:
-    value = choice.tokens_per_gpu_second
-    low, high = _scaled(choice, 1.0)
-    done = value * choice.step_seconds
-    return Figure(
-        "rate", "Tokens/s per GPU", "rate", value, None if high is None else done / high,
-        None if low is None else done / low, "tokens of a step / seconds of a step / accelerators",
-        (Input("tokens of a step", f"{choice.batch_tokens:,}"),
-         Input("seconds of a step", format_seconds(choice.step_seconds), "see Step"),
-         Input("accelerators", f"{choice.cluster.count:,}")),
+def _rate(choice: Choice) -> Why:
+    return Why(
+        "tokens of a step / seconds of a step / accelerators",
+        (Input("tokens of a step", f"{choice.batch_tokens:,}", "micro-batch × micro-batches × dp × sequence"),
+         Input("seconds of a step", format_seconds(choice.step_seconds), "see One step"),
+         Input("accelerators", f"{choice.cluster.count:,}", "asked for")),
+        _learnt(choice, "step_time"),
     )  # fmt: skip
 
 

@@ -101,17 +101,17 @@ def _said(setup: Setup, question: Question, plan: Plan, shown: Choice) -> Answer
         setup, f"{setup.model} on {shown.cluster.count:,} × {shown.cluster.accelerator.title}", fits, verdict,
         outlook.layout_words(shown), outlook.figures(shown, question), outlook.memory_parts(shown),
         shown.cluster.accelerator.usable_bytes, outlook.time_parts(shown),
-        tuple(_row(setup, question, choice, plan.layouts[0]) for choice in plan.layouts),
+        tuple(_row(setup, choice, plan.layouts[0]) for choice in plan.layouts),
         plan.searched, plan.feasible, dict(plan.rejected), outlook.assumptions(shown, question, plan),
     )  # fmt: skip
 
 
-def _row(setup: Setup, question: Question, choice: Choice, best: Choice) -> Row:
+def _row(setup: Setup, choice: Choice, best: Choice) -> Row:
     lay = choice.job.layout
     taken: dict[str, Any] = {name: int(getattr(lay, axis)) for name, axis in AXES.items() if axis != "micro_batch"}
     taken |= {"micro": int(choice.job.micro_batch), "recompute": choice.recompute}
     mine = replace(setup, search="usual", **taken)
-    return Row(mine, outlook.layout_words(choice), outlook.brief(choice, question), outlook.against(best, choice))
+    return Row(mine, outlook.layout_words(choice), outlook.brief(choice), outlook.against(best, choice))
 
 
 def _apart(setup: Setup) -> Answered:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,19 +13,18 @@ from markupsafe import Markup
 from bursar import __version__
 from bursar.errors import printable
 from bursar.report.bars import bar
-from bursar.report.outlook import Change, Figure, Part, ratio
+from bursar.report.outlook import LABELS, Change, Figure, Part, ratio
 from bursar.units import format_bytes, format_count, format_seconds, format_share, format_usd
 from bursar.web.answers import Answered
 from bursar.web.state import EVERY, SECOND, Setup, State, form, query, shown, written
 
 FILES = ("style.css", "page.js", "htmx.min.js", "icon.svg")
-HEADLINE = ("time", "usd", "mfu", "memory", "step", "hours", "kwh", "rate")
 GROUPS = {  # of the form: its heading, the fields' groups, and whether it can be folded away
     "What, where, how long": (("model", "cluster", "run"), False),
     "Levers": (("levers",), True),
     "Layout": (("layout",), True),
 }
-WRITE = {
+WRITE: dict[str, Callable[[Any], str]] = {
     "seconds": format_seconds,
     "bytes": format_bytes,
     "usd": format_usd,
@@ -111,12 +110,12 @@ def changing(state: State, first: Answered, second: Answered | None) -> str:
     answers = [(first, "a-")] if second is None else [(first, "a-"), (second, "b-")]
     versus = []
     if second is not None:
-        for key in HEADLINE:
+        for key in LABELS:
             a, b = first.figures.get(key), second.figures.get(key)
             if a is not None and b is not None:
                 versus.append((a, b, ratio(a, b)))
     return _templates().get_template("answer.html").render(
-        answers=answers, second=second, versus=versus, headline=HEADLINE, here=_address(state),
+        answers=answers, second=second, versus=versus, headline=tuple(LABELS), here=_address(state),
         alone=_address(State(state.first)), both=_address(State(state.first, state.second or state.first)),
         swapped=_address(State(state.second or state.first, state.first)), api=_address(state, "/api"),
         levers=_address(State(state.first), "/levers"),
