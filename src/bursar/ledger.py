@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bursar import memory
 from bursar.errors import BadInput
@@ -41,6 +42,26 @@ class Row(NamedTuple):
     work: Work
     allocated_bytes: int
     reads_weight: bool = False  # whether an operand of a product is a parameter or its cast copy
+
+
+class Operand(NamedTuple):
+    """A tensor in a `Call`. ``storage`` is its storage's place in the ledger, -1 where that is not on the device."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str  # torch's name: float32
+    storage: int
+
+
+class Call(NamedTuple):
+    """How a row's op was called: enough to call it again. Written where the ops are this machine's own."""
+
+    op: str  # with its overload: aten.add.Tensor
+    args: tuple[Any, ...]  # each tensor as an `Operand`
+    kwargs: tuple[tuple[str, Any], ...]
+    outputs: tuple[Operand, ...]
+    site: int  # the number of the call in Python that it came from: one may run many ops
+    views: int  # views made since the row before
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +148,7 @@ class Ledger:
     versions: Mapping[str, str] = field(default_factory=dict)
     partial: bool = False
     replicas: int = 1  # data-parallel ranks doing the same; the rows are one rank's, `flops` the whole job's
+    calls: tuple[Call, ...] = ()  # of the recorded rows, in their order; none where the ops are another machine's
 
     def __len__(self) -> int:
         return len(self.rows) - self.first_row
@@ -269,6 +291,23 @@ class Ledger:
         from bursar.reconcile import reconcile
 
         return reconcile(self, measured, forecast_seconds)
+
+    def export(self, path: str | Path, on: str | None = None, form: str | None = None) -> None:
+        """Write this step to a file: an HTML report, CSV, Parquet, Markdown, a plot, a trace or a memory snapshot.
+
+        ``form`` is a name of `bursar.report.export.FORMS`; without it the suffix says which. ``on`` prices it first, as
+        `on` does. Raises BadInput for a form that is not known and a path that cannot be written.
+        """
+        from bursar.report import export
+
+        path = Path(path)
+        export.write(form or export.form_of(path), self, self.on(on) if on is not None else None, path)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from bursar.report.html import notebook
+
+        return notebook.ledger(self)
 
 
 class Part(NamedTuple):

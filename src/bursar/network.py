@@ -172,8 +172,8 @@ def send_seconds(links: Wires, n_bytes: Any, stride: Any) -> Any:
 def dispatch_seconds(links: Wires, n_bytes: Any, ranks: Any, copies: int, once: bool = True) -> Any:
     """Seconds to send a rank's tokens, ``n_bytes``, to ``copies`` experts each, spread evenly over ``ranks`` devices.
 
-    With ``once`` a token crosses the network once per domain that wants it, and is handed on inside (DeepSeek-AI 2024, 3.2.2): of d
-    domains, copies drawn at random hit d(1 - (1 - 1/d)^copies).
+    With ``once`` a token crosses the network once per domain that wants it, and is handed on inside (DeepSeek-AI 2024,
+    3.2.2): of d domains, copies drawn at random hit d(1 - (1 - 1/d)^copies).
     """
     near = inside(links, ranks, 1)
     domains = np.ceil(ranks / near)

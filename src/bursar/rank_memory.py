@@ -90,9 +90,11 @@ def _worse(a: RankMemory, b: RankMemory) -> RankMemory:
     def pick(one: Any, other: Any) -> Any:
         return _plain(np.where(first, one, other))
 
-    sums = ("peak_bytes", "steady_bytes", "reserved_bytes", "device_bytes")
-    parts = {name: pick(a.parts[name], b.parts[name]) for name in a.parts}
-    return RankMemory(*(pick(getattr(a, f), getattr(b, f)) for f in sums), parts, a.assumptions)
+    return RankMemory(
+        pick(a.peak_bytes, b.peak_bytes), pick(a.steady_bytes, b.steady_bytes),
+        pick(a.reserved_bytes, b.reserved_bytes), pick(a.device_bytes, b.device_bytes),
+        {name: pick(a.parts[name], b.parts[name]) for name in a.parts}, a.assumptions,
+    )  # fmt: skip
 
 
 # ---- what holds for a whole job
@@ -109,6 +111,7 @@ class _Case(NamedTuple):
     naive: bool  # scores are stored
     dropout: int
     rotary: bool
+    eighth: bool  # products keep what they multiply in 8 bits
     new: bool  # compute capability 9 and later
 
 
@@ -127,6 +130,7 @@ def _case(job: Job, cluster: Cluster) -> _Case:
         job.attention == "naive" or impl == "local",
         habits.dropout if learned else 0,  # models since Llama are trained without
         not model.learned_positions,
+        of_megatron and job.precision in ("fp8", "mxfp8", "nvfp4") and job.fp8_everywhere,
         cluster.accelerator.name.startswith(_HOPPER),
     )
 
@@ -280,7 +284,7 @@ def _activations(job: Job, case: _Case, tokens: Count, moe: bool = False) -> tup
     T = job.micro_batch * tokens / lay.cp
     x = T * model.d_model / _sequence(job) * e
     attention = _attention_bytes(job, case, tokens, tokens)
-    norm = 2 * x + T / _sequence(job) * (8 if model.norm == "layernorm" else 4) + x / e * case.dropout
+    norm = 2 * x + T / _sequence(job) * (8 if model.norm == "layernorm" else 4) + x / e * (case.dropout - case.eighth)
     hidden = _moe_bytes(job, case, T) if moe else _mlp_bytes(model, case, T * model.d_ff / lay.tp)
     saved = attention + norm + hidden
     working = 2 * x + T * e * _widest(job, moe)
@@ -332,8 +336,10 @@ def _attention_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
     if "qk_layernorm" in job.flags and model.latent is None:
         qkv = qkv + 2 * (T * Q + U * _key_heads(model, t) * model.head_dim) * e  # both norms' inputs, as copies
     out = T * V * e
-    if not case.naive and not (case.engine and case.new):
-        out = 2 * out  # flash lays its output head by head: the next product wants tokens together, a copy
+    if case.eighth:
+        out = out + T * V - x / e  # the next product keeps its own in 8 bits; so does the first, of the norm
+    elif not case.naive and not (case.engine and case.new):
+        out = case.own["outputs"] * out
     return saved + qkv + out + _core_bytes(job, case, queries, keys)
 
 
@@ -348,7 +354,8 @@ def _core_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
 
 def _mlp_bytes(model: Decoder, case: _Case, n: Any) -> Any:
     """GELU keeps its input and the next product its output; a gated one both branches and the product's input."""
-    return n * case.e * (case.own["glu_kept"] if model.gated_mlp else 2)
+    kept = case.e * (case.own["glu_kept"] if model.gated_mlp else 2)
+    return n * (kept - case.eighth)
 
 
 def _moe_bytes(job: Job, case: _Case, T: Any) -> Any:
@@ -356,7 +363,7 @@ def _moe_bytes(job: Job, case: _Case, T: Any) -> Any:
     model, lay, e = job.model, job.layout, case.e
     mine = T / _sequence(job)  # tokens that this rank routes
     rows = mine * model.experts_per_token * lay.expert_tp
-    routed = rows * model.d_model * e + _mlp_bytes(model, case, rows * model.moe_d_ff / lay.expert_tp)
+    routed = rows * model.d_model * (e - case.eighth) + _mlp_bytes(model, case, rows * model.moe_d_ff / lay.expert_tp)
     combined = mine * model.experts_per_token * model.d_model * e  # weighed by the router's probabilities
     router = mine * model.n_experts * (4 + 4 + 1)  # logits and probabilities in fp32, the choice in one byte
     shared = _mlp_bytes(model, case, T * model.shared_d_ff / lay.tp) if model.shared_d_ff else 0
@@ -368,7 +375,7 @@ def _selected(job: Job, case: _Case, saved: Any, core: Any, hidden: Any, x: Any,
     model, lay, e = job.model, job.layout, case.e
     names = job.recompute_modules
     if case.habits.name == "torchtitan" and not names:
-        # Kept: every second product of wq wk wv wo w1 w3 w2, the attention's output; torchtitan models/llama3/parallelize.py
+        # Kept: every second product of wq wk wv wo w1 w3 w2, the attention's output; torchtitan's parallelize.py
         kept = x + T * (2 * model.query_width + _key_heads(model, lay.tp) * lay.tp * model.head_dim) / lay.tp * e
         kept = kept + T * (model.d_ff / lay.tp) * e + x + core
         return kept, saved - kept
@@ -405,7 +412,7 @@ def _closed_form(job: Job, tokens: Count) -> transformer.Totals:
         d_model=model.d_model, n_heads=model.n_heads, n_kv_heads=model.n_kv_heads, head_dim=model.head_dim,
         d_ff=model.d_ff, vocab_size=model.vocab_size, max_seq_len=model.learned_positions or job.seq_len,
         norm=model.norm, gated_mlp=model.gated_mlp, bias=model.bias, tied_embeddings=model.tied_embeddings,
-        position="learned" if model.learned_positions else "rotary",
+        position="learned" if model.learned_positions else "rope", rope_theta=1e4, norm_eps=1e-5, source="",
     )  # fmt: skip
     precision = job.precision if job.precision in transformer.PRECISIONS else "bf16"
     return transformer.count(shape, job.micro_batch, tokens, precision=precision)
@@ -463,10 +470,8 @@ def state_bytes(job: Job) -> tuple[float, float]:
     Raises UnknownName for an optimizer that is in no table.
     """
     habits, name = framework(job.framework), job.optimizer.lower()
-    if habits.name == "plain" or job.precision == "fp32":
-        master = 0.0
-    else:
-        master = 4.0 if habits.parameter_bytes < 4 else 0.0
+    copied = habits.parameter_bytes < 4 and job.precision != "fp32"  # plain: what bursar.step does, no master copy
+    master = 4.0 if copied else 0.0
     own = STATE_BYTES.get(_ALIASES.get(name, name))
     if own is None:
         raise UnknownName("memory of an optimizer", job.optimizer, STATE_BYTES, "Add it to rank_memory.STATE_BYTES.")
@@ -504,12 +509,20 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     fp32 = job.precision == "fp32"
     parameter, gradient = _element_bytes(job, case)
     matrix_state, other_state = state_bytes(job)
+    trained = float(job.flags.get("trainable") or 1)  # share of the parameters; the rest is frozen, in 16 bit
+    if trained < 1:
+        parameter, gradient = 2 + (parameter - 2) * trained, gradient * trained
+        matrix_state, other_state = matrix_state * trained, other_state * trained
+    if "bf16_states" in job.flags:
+        parameter, gradient, matrix_state, other_state = 2.0, 2.0, matrix_state / 2, other_state / 2
+    if "offload_states" in job.flags:  # and their update with them
+        matrix_state = other_state = trained = 0.0
     if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
         matrix_state, other_state = matrix_state + 4, other_state + 4  # the gradient of the master copy, kept
     parameters = held(3, parameter, parameter)
     gradients = held(2, gradient, gradient)
     states = held(1, matrix_state, other_state)
-    elements = held(1, 1, 1)
+    elements = held(1, trained, trained)
     # ---- activations
     T = job.micro_batch * job.seq_len / lay.cp
     x = T * model.d_model / _sequence(job) * e
@@ -535,7 +548,8 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     if case.habits.name == "plain":
         # the log-softmax is among what backward keeps; its gradient and the logits' come on top
         logit = {"fp32": 8, "bf16": 4}.get(job.precision, 10)
-    logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0)
+    logit = min(logit, float(job.flags.get("logit_bytes") or logit))  # a loss that is not the framework's
+    logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0) / float(job.flags.get("loss_chunks") or 1)
     # ---- buffers
     unit = 0.0 * ends.table + ends.table
     for _, b in kinds:
@@ -569,20 +583,21 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
         "parameters": parameters,
         "gradients": np.where((loss_is | block_is) & ~np.asarray(several), 0, gradients),
         "optimizer_state": states,
-        "activations": np.where(
-            loss_is | block_is, activations, np.where(end_is, at_end - base - gradients - late, 0)
-        ),
+        "activations": np.where(loss_is | block_is, activations, np.where(end_is, at_end - base - gradients - late, 0)),
         "logits": np.where(loss_is, logits, 0),
         "collective_buffers": buffers + np.where(block_is, reduce, 0),
-        "temporary": np.select([block_is, loss_is, end_is], [working, 0 * peak, late], elements * case.own["step_bytes"]),
+        "temporary": np.select(
+            [block_is, loss_is, end_is], [working, 0 * peak, late], elements * case.own["step_bytes"]
+        ),
         "workspaces": workspace + 0 * peak,
     }
     parts = {name: _plain(value) for name, value in parts.items()}
     total = sum(parts.values())
     # Freed blocks seldom suit what comes next: a pool grows to the sum of what each kind takes at its fullest
     most = base + gradients + late + activations + np.maximum(logits, working + reduce)
-    reserved = np.maximum(most, total) + constants()["allocator"]["segment_bytes"]
-    device = reserved + constants()["context"]["cuda_bytes"] + constants()["context"]["nccl_bytes"] * _groups(job)
+    reserved = np.maximum(most, total * (1 + constants()["allocator"]["least_reserve"]))
+    outside = constants()["context"]
+    device = reserved + outside["cuda_bytes"] + outside["driver_bytes"] + outside["nccl_bytes"] * _groups(job)
     return RankMemory(total, _plain(steady), _plain(reserved), _plain(device), parts)
 
 
@@ -595,8 +610,8 @@ def _element_bytes(job: Job, case: _Case) -> tuple[float, float]:
         return 4.0, 4.0
     given = case.habits.gradient_bytes
     parameter = case.habits.parameter_bytes
-    if job.precision == "fp8" and case.engine:
-        parameter = parameter + 2 if "fp8_param_gather" not in job.flags else 2  # 8-bit weights and their transposes
+    if case.eighth and "fp8_param_gather" not in job.flags:
+        parameter = parameter + 2  # 8-bit weights and their transposes beside those of 16 bits
     gradient = job.gradient_bytes or given.get(job.precision, given["bf16"])
     return parameter, gradient
 

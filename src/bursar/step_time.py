@@ -1,4 +1,4 @@
-"""Seconds of one training step of a job on a cluster, and its FLOPs: kernels, collectives and waits, added up. No torch.
+"""Seconds of one training step of a job on a cluster, and its FLOPs: kernels, collectives, waits. No torch.
 
     layer       forward, backward and recompute of one block on one rank: products, attention, streams, collectives
     stage       its layers, and the embedding or the head where it is first or last
@@ -323,9 +323,12 @@ def _gradient_bytes(job: Job, habits: Framework) -> float:
 def _norm(x: _Context, p: _Passes) -> None:
     """One norm with the residual sum before it, and dropout where there is one."""
     D, n, e = x.model.d_model, x.n / x.shard, x.e
-    passes = 2 if x.fused or x.model.norm == "layernorm" else 6  # eager RMSNorm: cast, square, mean, scale, cast, weigh
-    p.forward.stream(passes * n * D * e, 1 if passes == 2 else 6)
-    p.backward.stream((passes + 3) * n * D * e, 2 if passes == 2 else 8)
+    if x.fused or x.model.norm == "layernorm":
+        p.forward.stream(2 * n * D * e)
+        p.backward.stream(5 * n * D * e, 2)
+    else:  # by single ops in fp32
+        p.forward.stream(coefficient("eager_rmsnorm_forward_bytes") * n * D, 6)
+        p.backward.stream(coefficient("eager_rmsnorm_backward_bytes") * n * D, 12)
     mask = n * D * x.habits.dropout
     if x.fused or not x.habits.dropout:
         p.forward.stream(3 * n * D * e + mask)
@@ -359,9 +362,9 @@ def _attention(x: _Context, p: _Passes, windowed: bool, *, causal: bool = True, 
             _linear(x, p, n, D, width / tp, bias=model.bias)
         p.backward.stream(2 * 3 * n * D * e, 2)
     if model.latent is None and not model.learned_positions and model.norm == "rmsnorm":  # rotary positions
-        turned = n * (Q + E) / tp * e
-        p.forward.stream(turned * (2 if x.fused else 8), 2 if x.fused else 10)
-        p.backward.stream(turned * (2 if x.fused else 8), 2 if x.fused else 10)
+        turned = n * (Q + E) / tp * (2 * e if x.fused else coefficient("eager_rotary_bytes"))
+        p.forward.stream(turned, 2 if x.fused else 10)
+        p.backward.stream(turned, 2 if x.fused else 10)
     _core(x, p, windowed, causal)
     _linear(x, p, n, model.value_width / tp, D, bias=model.bias)
     _tensor_parallel(x, p)
@@ -374,7 +377,9 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
     if x.job.attention == "naive":
         scores = x.b * model.n_heads / tp * S * S / x.cp
         groups, rows = x.b * model.n_heads / tp, S / x.cp
-        dtype = product_dtype(x.rates.device, "fp32" if e == 4 else "bf16")
+        # 16-bit products of heads that are no multiple of 8 miss the tensor cores, which load 16 bytes at a time
+        plain = e == 4 or (max(dqk % 8, dv % 8) and "fp32" in x.rates.ceilings)
+        dtype = product_dtype(x.rates.device, "fp32" if plain else "bf16")
         dropout = x.habits.dropout
         for passes in (p.forward,):
             passes.product(dtype, rows, S, dqk, groups, e)
@@ -452,8 +457,9 @@ def _mixture(x: _Context, p: _Passes) -> None:
     D, k, E, F = model.d_model, model.experts_per_token, model.n_experts, model.moe_d_ff
     _norm(x, p)
     own = n / np.where(x.sp > 0, x.tp, 1)  # with sequence parallelism a rank routes its own tokens
-    for pas, *size in ((p.forward, own, E, D), (p.backward, own, D, E), (p.backward, D, E, own)):
-        pas.product("fp32" if "fp32" in x.rates.ceilings else x.wide, *size, 1, 4.0)
+    full = "fp32" if "fp32" in x.rates.ceilings else x.wide
+    for one, M, N, K in ((p.forward, own, E, D), (p.backward, own, D, E), (p.backward, D, E, own)):
+        one.product(full, M, N, K, 1, 4.0)
     p.forward.stream(own * E * 4 * 4, 8)  # scores, top k, counts
     p.backward.stream(own * E * 4 * 4, 6)
     sent = own * k * D * e
@@ -514,6 +520,9 @@ def _block(x: _Context, windowed: bool, moe: bool) -> _Passes:
                 _linear(x, remade, x.n, D, model.d_ff / x.tp)
             streams = p.forward.seconds.get("memory_bound", 0.0)
             remade.forward.add("memory_bound", streams, p.forward.kernels / 2)
+            # what is scattered is kept, what is gathered is not
+            gather = collective_seconds(x.links, "all_gather", x.n * D * x.e, x.tp)
+            remade.forward.add("tp", np.where(x.sp > 0, 2 * gather, 0.0) * (1 - _tp_overlap(x)))
             return replace(p, again=remade.forward)
         names, model = job.recompute_modules, x.model
         if "core_attn" in names:

@@ -25,7 +25,7 @@ from bursar.jobs import Decoder, Job, Layout
 from bursar.rank_memory import rank_memory
 from bursar.step_time import parameters, step_time
 
-FRAMEWORK: Final = "fsdp"  # PyTorch as it comes: autocast over fp32 parameters, gradients and states; DDP or FSDP
+FRAMEWORK: Final = "fsdp"  # fp32 parameters, gradients and states, 16-bit products; as PyTorch's DDP and FSDP have it
 CHUNKS: Final = 8  # pieces a loss is cut into
 RANK: Final = 16  # of LoRA's matrices: Hu et al. 2021 (arXiv:2106.09685), table 18, from 1 to 64
 WINDOW: Final = 1024  # tokens
@@ -52,18 +52,19 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A job with factors on the parts of its memory and time, and bytes that cross to the host."""
+    """A job with factors on the parts of its time, and bytes that cross to the host."""
 
     job: Job
-    memory: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     time: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     host_bytes: float = 0.0  # of one step, of one rank
     residual_bytes: float = 0.0  # what a lever keeps beside
     wire: float = 1.0  # factor on the bytes of gradients
 
-    def scaled(self, memory: Mapping[str, float] | None = None, time: Mapping[str, float] | None = None) -> Case:
-        """With more factors: those of one part multiply."""
-        return replace(self, memory=_times(self.memory, memory or {}), time=_times(self.time, time or {}))
+    def flagged(self, time: Mapping[str, float] | None = None, **flags: float) -> Case:
+        """With flags of the job that `rank_memory` knows, and factors on parts of the time, which multiply."""
+        said = {name: f"{value:.12g}" for name, value in flags.items()}
+        both = {name: self.time.get(name, 1.0) * (time or {}).get(name, 1.0) for name in {**self.time, **(time or {})}}
+        return replace(self, job=replace(self.job, flags={**self.job.flags, **said}), time=MappingProxyType(both))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +133,9 @@ def _half(case: Case, _: Cluster, __: Settings) -> Case | str:
 
 
 def _bf16(case: Case, _: Cluster, __: Settings) -> Case | str:
-    habits = framework(case.job.framework)
     if case.job.precision == "fp32":
         return "the products are fp32; choose --precision bf16 first"
-    return case.scaled(
-        {
-            "parameters": 2 / habits.parameter_bytes,
-            "gradients": 2 / habits.gradient_bytes.get(case.job.precision, 4.0),
-            "optimizer_state": 4 / habits.state_bytes,
-        },
-        {"optimizer": 0.5},
-    )
+    return case.flagged({"optimizer": 0.5}, bf16_states=1)
 
 
 def _eight_bit(case: Case, _: Cluster, __: Settings) -> Case | str:
@@ -152,11 +145,11 @@ def _eight_bit(case: Case, _: Cluster, __: Settings) -> Case | str:
 
 
 def _fused_loss(case: Case, _: Cluster, __: Settings) -> Case | str:
-    return replace(case, job=replace(case.job, flags={**case.job.flags, "fused_cross_entropy": "1"}))
+    return case.flagged(logit_bytes=4)  # the logits and their gradient, 16 bit each
 
 
 def _chunked_loss(case: Case, _: Cluster, settings: Settings) -> Case | str:
-    return case.scaled({"logits": 1 / settings.chunks})
+    return case.flagged(loss_chunks=settings.chunks)
 
 
 def _zero(stage: int) -> Callable[[Case, Cluster, Settings], Case | str]:
@@ -173,18 +166,13 @@ def _offload(case: Case, on: Cluster, __: Settings) -> Case | str:
         return f"the catalogue has no link from {on.accelerator.name} to its host"
     shards = on.count if int(case.job.layout.zero_stage) >= 1 else 1
     crossing = 2 * 2 * parameters(case.job.model) / shards  # bf16 gradients down, bf16 parameters up
-    return replace(case.scaled({"optimizer_state": 0.0}, {"optimizer": 0.0}), host_bytes=case.host_bytes + crossing)
+    return replace(case.flagged({"optimizer": 0.0}, offload_states=1), host_bytes=case.host_bytes + crossing)
 
 
 def _lora(case: Case, _: Cluster, settings: Settings) -> Case | str:
     share = lora_parameters(case.job.model, settings.rank) / parameters(case.job.model)
-    habits = framework(case.job.framework)
-    frozen = 2 / habits.parameter_bytes  # the base in 16 bit
-    return case.scaled(
-        {"parameters": frozen * (1 - share) + share, "gradients": share, "optimizer_state": share},
-        # of three products forward, dX, dW the last is gone, but for the small matrices'
-        {"compute": (2 + share) / 3, "optimizer": share},
-    )
+    # of three products forward, dX, dW the last is gone, but for the small matrices'
+    return case.flagged({"compute": (2 + share) / 3, "optimizer": share, "dp": share}, trainable=share)
 
 
 def _compile(case: Case, _: Cluster, __: Settings) -> Case | str:
@@ -198,7 +186,7 @@ def _sparse(case: Case, on: Cluster, settings: Settings) -> Case | str:
         return "sharded gradients are reduce-scattered; a sparse all-gather would undo it"
     factor = settings.density / break_even_density(case.job, on)
     kept = parameters(case.job.model) * framework(case.job.framework).gradient_bytes.get(case.job.precision, 4.0)
-    return replace(case.scaled(time={"dp": factor}), wire=case.wire * factor, residual_bytes=case.residual_bytes + kept)
+    return replace(case.flagged({"dp": factor}), wire=case.wire * factor, residual_bytes=case.residual_bytes + kept)
 
 
 def _compress(case: Case, on: Cluster, __: Settings) -> Case | str:
@@ -207,7 +195,7 @@ def _compress(case: Case, on: Cluster, __: Settings) -> Case | str:
     factor = 2 / framework(case.job.framework).gradient_bytes.get(case.job.precision, 4.0)
     if factor >= 1:
         return "gradients are 16 bit already"
-    return replace(case.scaled(time={"dp": factor}), wire=case.wire * factor)
+    return replace(case.flagged({"dp": factor}), wire=case.wire * factor)
 
 
 LEVERS: Final = (
@@ -224,7 +212,7 @@ LEVERS: Final = (
     Lever("8bit-states", "Adam's two moments in 8 bits", "states", _eight_bit,
           "Dettmers et al. 2021 (arXiv:2110.02861)"),
     Lever("fused-loss", "cross-entropy without fp32 copies of the logits", "loss", _fused_loss,
-          "Hsu et al. 2024 (arXiv:2410.10989)"),
+          "Hsu et al. 2024 (arXiv:2410.10989): the gradient in the logits' place"),
     Lever("chunked-loss", "logits by pieces, never all of them", "loss", _chunked_loss,
           "Hsu et al. 2024 (arXiv:2410.10989); Wijmans et al. 2024 (arXiv:2411.09009)"),
     Lever("zero-1", "states sharded over the devices", "zero", _zero(1), "Rajbhandari et al. 2020, section 5.1"),
@@ -232,7 +220,8 @@ LEVERS: Final = (
     Lever("zero-3", "and parameters (FSDP)", "zero", _zero(3), "Rajbhandari et al. 2020, section 5.3"),
     Lever("cpu-offload", "states and their update on the host", "offload", _offload,
           "Ren et al. 2021 (arXiv:2101.06840); the host's own Adam is not counted"),
-    Lever("compile", "elementwise kernels fused", "compile", _compile, "torch.compile: FLOPs stay; what it saves of memory is not counted"),
+    Lever("compile", "elementwise kernels fused", "compile", _compile,
+          "torch.compile: FLOPs stay; what it saves of memory is not counted"),
     Lever("smaller-batch", "half the micro-batch, half the tokens of a step", "batch", _half,
           "activations are linear in it", same_mathematics=False),
     Lever("windowed-attention", "each token sees the last W", "attention", _window,
@@ -289,13 +278,9 @@ def _time(job: Job, on: Cluster) -> Any:
 
 def held(case: Case, on: Cluster) -> tuple[float, float, dict[str, float]]:
     """Peak and device bytes of the fullest rank, and the peak's parts."""
-    found = _memory(case.job, on)
-    parts = {name: float(n) * case.memory.get(name, 1.0) for name, n in found.parts.items()}
-    if case.residual_bytes:
-        parts["residual"] = case.residual_bytes
-    peak = sum(parts.values())
-    beside = float(found.device_bytes) - float(found.reserved_bytes)
-    return peak, peak * float(found.reserved_bytes) / float(found.peak_bytes) + beside, parts
+    found, more = _memory(case.job, on), case.residual_bytes
+    parts = {name: float(n) for name, n in found.parts.items()} | ({"residual": more} if more else {})
+    return float(found.peak_bytes) + more, float(found.device_bytes) + more, parts
 
 
 def measure(case: Case, on: Cluster) -> Outcome:
@@ -532,7 +517,3 @@ def _most(fits: Callable[[int], bool], limit: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _times(known: Mapping[str, float], more: Mapping[str, float]) -> Mapping[str, float]:
-    return MappingProxyType({name: known.get(name, 1.0) * more.get(name, 1.0) for name in {**known, **more}})

@@ -273,8 +273,8 @@ def _optimizer(cell: _Cells) -> str:
 
 
 def _scores_stored(flags: Mapping[str, str]) -> bool:
-    """Megatron's own layers store the scores. So did Transformer Engine where determinism was asked of flash-attn before
-    2.4.1, which has no deterministic backward: the containers of CI's first clusters (`get_attention_backend`)."""
+    """Megatron's own layers store the scores. So did Transformer Engine where determinism was asked of a flash-attn
+    before 2.4.1, whose backward has none: the containers of CI's first clusters (`get_attention_backend`)."""
     old = "dracooci" in flags.get("ci_platform", "") and "deterministic" in flags
     return flags.get("impl") == "local" or old
 

@@ -112,8 +112,8 @@ class Choice:
     seconds: float | None = None  # of the run
     usd: float | None = None
     kwh: float | None = None
-    step_interval: tuple[float, float] | None = None  # 80 %, seconds
-    peak_interval: tuple[float, float] | None = None  # 80 %, bytes
+    step_interval: tuple[float, float] = (0.0, math.inf)  # 80 %, seconds
+    peak_interval: tuple[float, float] = (0.0, math.inf)  # 80 %, bytes
 
     @property
     def batch_tokens(self) -> int:
@@ -164,8 +164,8 @@ class Choice:
             "tokens_per_gpu_second": self.tokens_per_gpu_second,
             "gpu_hours": None if self.seconds is None else self.cluster.count * self.seconds / 3600,
             "kwh": self.kwh,
-            "step_seconds_80": self.step_interval,
-            "peak_bytes_80": self.peak_interval,
+            "step_seconds_80": list(self.step_interval),
+            "peak_bytes_80": list(self.peak_interval),
             "time": dict(self.time),
             "memory": dict(self.memory),
         }
@@ -504,10 +504,10 @@ def priced(question: Question, job: Job, cluster: Cluster) -> Choice:
     )  # fmt: skip
 
 
-def _interval(job: Job, cluster: Cluster, target: str, value: float) -> tuple[float, float] | None:
-    """The 80 % interval around a forecast, from the errors on published runs of its kind; None where none are known."""
-    by = factors(job, cluster, target)
-    return value * by.low, value * by.high
+def _interval(job: Job, cluster: Cluster, target: str, value: float) -> tuple[float, float]:
+    """The 80 % interval around a forecast, from the errors on published runs of its kind."""
+    found = factors(job, cluster, target)
+    return value * found.low, value * found.high
 
 
 # ---- several clusters
@@ -563,6 +563,13 @@ def _notes(question: Question, best: Sequence[Choice]) -> tuple[str, ...]:
                 f"{device.price_date}"
             )
         said.extend(step_time(best[0].job, best[0].cluster).assumptions)
+    if best:
+        for target, what in (("step_time", "step"), ("peak_memory", "peak")):
+            known = factors(best[0].job, best[0].cluster, target)
+            runs = f"the errors on {known.rows} published runs, those like it weighing more ({', '.join(known.tables)})"
+            said.append(
+                f"80 % interval of the {what}: {runs if known.tables else 'no published run is at hand; a guess'}"
+            )
     said.append(
         f"{question.framework}'s habits, {question.attention} attention, {question.optimizer}; "
         f"{', '.join(question.precisions)}"

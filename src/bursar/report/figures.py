@@ -150,13 +150,18 @@ def course(ledger: Ledger, seconds: Sequence[float] | None, columns: int) -> Cou
             moments.append(Moment((column + 0.5) / columns, 0, base))
         before = after
     peak = max(range(len(moments)), key=lambda i: moments[i].total)
-    return Course(tuple(moments), peak, _phases(rows, starts, ends / whole, columns),
-                  None if seconds is None else math.fsum(seconds), len(rows))  # fmt: skip
+    return Course(
+        tuple(moments),
+        peak,
+        _phases(rows, starts, ends / whole, columns),
+        None if seconds is None else math.fsum(seconds),
+        len(rows),
+    )
 
 
-def _phases(rows: Sequence[Row], starts: Iterable[float], ends: Iterable[float], columns: int) -> tuple[
-    tuple[str, float, float], ...
-]:  # fmt: skip
+def _phases(
+    rows: Sequence[Row], starts: Iterable[float], ends: Iterable[float], columns: int
+) -> tuple[tuple[str, float, float], ...]:
     """Which phase is at work in most of each column, neighbours merged."""
     shares: list[dict[str, float]] = [{} for _ in range(columns)]
     for row, start, end in zip(rows, starts, ends, strict=True):
@@ -179,8 +184,8 @@ def _phases(rows: Sequence[Row], starts: Iterable[float], ends: Iterable[float],
 def merged(ledger: Ledger, forecast: Forecast | None = None) -> list[Ops]:
     """The step's ops, calls alike as one; the longest first, without a device those that move most."""
     device = None if forecast is None else forecast.cluster.accelerator
-    totals: dict[tuple[object, ...], list[float]] = {}
-    where: dict[tuple[object, ...], dict[str, None]] = {}
+    totals: dict[tuple[str, str, str, str, str, int, int], list[float]] = {}
+    where: dict[tuple[str, str, str, str, str, int, int], dict[str, None]] = {}
     for row in ledger.recorded:
         work = row.work
         flops, moved = work.flops + work.recompute_flops, work.read_bytes + work.written_bytes
@@ -195,11 +200,9 @@ def merged(ledger: Ledger, forecast: Forecast | None = None) -> list[Ops]:
     found = []
     for key, (calls, compute, moving) in totals.items():
         op, kind, phase, dtype, anywhere, flops, moved = key
-        places = where[key]
-        module = str(anywhere) if len(places) > 1 else next(iter(places))
+        module = anywhere if len(where[key]) > 1 else next(iter(where[key]))
         n = int(calls)
-        found.append(Ops(str(op), str(kind), str(phase), str(dtype), module, n, n * int(str(flops)),
-                         n * int(str(moved)), compute, moving))  # fmt: skip
+        found.append(Ops(op, kind, phase, dtype, module, n, n * flops, n * moved, compute, moving))
     return sorted(found, key=lambda o: (-o.roofline_seconds, -o.moved_bytes))
 
 
@@ -225,7 +228,7 @@ def kinds(ops: Iterable[Ops]) -> list[Kind]:
 
 
 def held(ledger: Ledger) -> list[Held]:
-    """The peak taken apart by class and module, modules that differ in their number alone together, the largest first."""
+    """The peak by class and module, modules that differ in their number alone together, the largest first."""
     found: dict[tuple[str, str], int] = {}
     places: dict[tuple[str, str], dict[str, None]] = {}
     for (memory_class, module), n_bytes in owners_at_peak(ledger).items():
@@ -233,14 +236,16 @@ def held(ledger: Ledger) -> list[Held]:
         found[key] = found.get(key, 0) + n_bytes
         places.setdefault(key, {})[module] = None
     return sorted(
-        (Held(c, where if len(places[c, where]) > 1 else next(iter(places[c, where])), n)
-         for (c, where), n in found.items()),
+        (
+            Held(c, where if len(places[c, where]) > 1 else next(iter(places[c, where])), n)
+            for (c, where), n in found.items()
+        ),
         key=lambda h: (-h.n_bytes, h.memory_class, h.module),
-    )  # fmt: skip
+    )
 
 
 def cells(shares: Iterable[Share], weigh: str) -> list[Cell]:
-    """``shares`` as parts of a treemap by their field ``weigh``: blocks of one list share a group. Zeros are left out."""
+    """``shares`` as parts of a treemap by their field ``weigh``: blocks of one list share a group; no zeros."""
     found = []
     for share in shares:
         value = share.copies * (getattr(share, weigh) or 0)

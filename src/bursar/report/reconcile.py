@@ -96,7 +96,7 @@ def render(ledger: Ledger, measured: Measured, found: Reconciliation) -> Iterato
 
 
 def cells(x: Line) -> tuple[str, str, str, str, str, str]:
-    """One line as a table shows it: what, forecast, measured, error, tolerance, and what to say where it is over that."""
+    """One line as a table shows it: what, forecast, measured, error, tolerance, and whether it is beyond that."""
     write = _WRITE[x.unit]
     error = "equal" if x.predicted == x.measured else f"{x.error:+.2%}"
     within = "exact" if not x.tolerance else f"±{x.tolerance:.0%}"

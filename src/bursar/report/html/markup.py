@@ -63,7 +63,7 @@ def _number(value: object) -> object:
 
 
 def data(value: Any, id_: str) -> Markup:
-    """``value`` as JSON that a script reads. ``<`` is written so that no string ends the element; NaN raises ValueError.
+    """``value`` as JSON that a script reads; no string in it ends the element. NaN raises ValueError.
 
     >>> data("</script>", "x")
     '<script type="application/json" id="x">"\\\\u003c/script\\\\u003e"</script>'

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from bursar.ledger import Ledger
 from bursar.memory import CLASSES
@@ -14,8 +15,19 @@ from bursar.report.gradients import layers
 from bursar.report.html import plots
 from bursar.report.html.markup import Markup, document, join, tag
 from bursar.report.html.parts import (
-    CELLS, Cell, Column, Section, contents, figure, headline, legend, section, swatch, table,
-)  # fmt: skip
+    CELLS,
+    Cell,
+    Column,
+    Row,
+    Section,
+    contents,
+    figure,
+    headline,
+    legend,
+    section,
+    swatch,
+    table,
+)
 from bursar.report.reconcile import cells as line_cells
 from bursar.roofline import Forecast
 from bursar.units import format_bytes, format_count, format_flops, format_rate, format_seconds, format_share
@@ -36,6 +48,16 @@ class Subject:
     command: str = ""  # what was asked, as it may be asked again
     gradients: bool = False
 
+    @cached_property
+    def shares(self) -> list[Share]:
+        """What each module costs."""
+        return shares(self.ledger, self.forecast.cluster.accelerator if self.forecast is not None else None)
+
+    @cached_property
+    def ops(self) -> list[figures.Ops]:
+        """The ops, calls alike together."""
+        return figures.merged(self.ledger, self.forecast)
+
     @property
     def least(self) -> str:
         """What is put before FLOPs that are not all counted."""
@@ -51,7 +73,7 @@ def render(
     command: str = "",
     gradients: bool = False,
 ) -> str:
-    """The whole page. ``measured`` and ``found`` add what a real run took; ``command`` is shown as it may be run again."""
+    """The whole page. ``measured`` and ``found`` add what a real run took; ``command`` is shown, to be run again."""
     subject = Subject(ledger, forecast, measured, found, command, gradients)
     parts = [part for part in _sections(subject) if part is not None]
     body = (
@@ -69,7 +91,7 @@ def _sections(s: Subject) -> Iterator[Section | None]:
     yield _memory(s)
     yield _where(s)
     if s.forecast is not None:
-        yield _time(s.ledger, s.forecast)
+        yield _time(s.ops, s.forecast)
     yield _measurement(s)
     yield _modules(s)
     yield _kinds(s)
@@ -96,23 +118,45 @@ def _header(s: Subject) -> Markup:
     )
     where = f"on {_on(forecast)}" if forecast else "on the CPU" if ledger.device == "cpu" else "on a GPU in general"
     shown: list[tuple[str, object, object, dict[str, object]]] = [
-        ("Peak memory" + (" of each" if forecast and forecast.cluster.count > 1 else ""), format_bytes(peak), _room(s),
-         {"data_peak_bytes": peak}),
-        ("Model FLOPs of the step", s.least + format_flops(flops.model), f"hardware {format_flops(flops.hardware)}, counted",
-         {"data_model_flops": flops.model}),
-    ]  # fmt: skip
+        (
+            "Peak memory" + (" of each" if forecast and forecast.cluster.count > 1 else ""),
+            format_bytes(peak),
+            _room(s),
+            {"data_peak_bytes": peak},
+        ),
+        (
+            "Model FLOPs of the step",
+            s.least + format_flops(flops.model),
+            f"hardware {format_flops(flops.hardware)}, counted",
+            {"data_model_flops": flops.model},
+        ),
+    ]
     if forecast is not None:
         interval = f"{format_seconds(forecast.lower_seconds)} … {format_seconds(forecast.upper_seconds)}"
         shown += [
-            ("Step time", format_seconds(forecast.seconds), f"{interval}, {forecast.basis}",
-             {"data_seconds": repr(forecast.seconds)}),
-            ("MFU", format_share(forecast.mfu), f"HFU {format_share(forecast.hfu)}, {forecast.basis}",
-             {"data_mfu": repr(forecast.mfu)}),
-        ]  # fmt: skip
+            (
+                "Step time",
+                format_seconds(forecast.seconds),
+                f"{interval}, {forecast.basis}",
+                {"data_seconds": repr(forecast.seconds)},
+            ),
+            (
+                "MFU",
+                format_share(forecast.mfu),
+                f"HFU {format_share(forecast.hfu)}, {forecast.basis}",
+                {"data_mfu": repr(forecast.mfu)},
+            ),
+        ]
     if s.measured is not None:
         low, high = s.measured.spread
-        shown.append(("Measured step", format_seconds(s.measured.seconds),
-                      f"{format_seconds(low)} … {format_seconds(high)}, {s.measured.name}", {}))  # fmt: skip
+        shown.append(
+            (
+                "Measured step",
+                format_seconds(s.measured.seconds),
+                f"{format_seconds(low)} … {format_seconds(high)}, {s.measured.name}",
+                {},
+            )
+        )
     return tag(
         "header",
         tag("p", "One training step, accounted for by bursar", class_="kicker"),
@@ -128,8 +172,9 @@ def _room(s: Subject) -> Markup | str:
     if forecast is None:
         return "counted"
     verdict = ("yes", "✓ fits") if forecast.fits else ("no", "✗ does not fit")
-    return join((tag("span", verdict[1], class_=f"verdict {verdict[0]}"),
-                 f" in {format_bytes(forecast.usable_bytes)} usable"))  # fmt: skip
+    return join(
+        (tag("span", verdict[1], class_=f"verdict {verdict[0]}"), f" in {format_bytes(forecast.usable_bytes)} usable")
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -137,7 +182,6 @@ def _room(s: Subject) -> Markup | str:
 
 def _memory(s: Subject) -> Section:
     ledger, forecast = s.ledger, s.forecast
-    memory = ledger.memory
     seconds = figures.row_seconds(ledger, forecast) if forecast is not None else None
     course = figures.course(ledger, seconds, COLUMNS)
     capacity = forecast.usable_bytes if forecast is not None else None
@@ -156,13 +200,24 @@ def _memory(s: Subject) -> Section:
         "memory",
         "Memory over the step",
         tag("p", _peak_words(ledger)),
-        figure("timeline", [("", pictures[0], pictures[1])], caption, walk="Walk through the step", said=said,
-               start=course.peak),
+        legend(
+            (f"c-{c}", c.replace("_", " "))
+            for c in plots.STACK
+            if any(m.live[CLASSES.index(c)] for m in course.moments)
+        ),
+        figure(
+            "timeline",
+            [("", pictures[0], pictures[1])],
+            caption,
+            walk="Walk through the step",
+            said=said,
+            start=course.peak,
+        ),
         _classes(ledger),
         tag("h3", "What stands at the peak"),
         _held(ledger),
         tag("p", _static(ledger), class_="soft"),
-    )  # fmt: skip
+    )
 
 
 def _where_row(ledger: Ledger, row: int) -> str:
@@ -188,7 +243,7 @@ def _classes(ledger: Ledger) -> Markup:
     memory = ledger.memory
     there = [c for c in reversed(plots.STACK) if memory.at_peak[c] or memory.between_steps[c]]
     whole = max(1, memory.peak_bytes)
-    rows = [
+    rows: list[Row] = [
         [
             Cell(join((swatch(f"c-{c}"), c.replace("_", " "))), c),
             _amount(memory.at_peak[c]),
@@ -200,20 +255,31 @@ def _classes(ledger: Ledger) -> Markup:
     between = sum(memory.between_steps.values())
     foot = [Cell("all"), _amount(memory.peak_bytes), _share(1.0, bar=False), _amount(between)]
     columns = (Column("class", number=False), Column("at the peak"), Column("share"), Column("between steps"))
-    return table("classes", "The seven classes partition the live bytes; those that are empty are left out", columns, rows,
-                 foot=foot, sort=False)  # fmt: skip
+    return table(
+        "classes",
+        "The seven classes partition the live bytes; those that are empty are left out",
+        columns,
+        rows,
+        foot=foot,
+        sort=False,
+        snug=True,
+    )
 
 
 def _held(ledger: Ledger) -> Markup:
     found = figures.held(ledger)
     whole = max(1, ledger.memory.peak_bytes)
     shown, rest = found[:10], found[10:]
-    rows = [
-        [h.module or "(outside modules)", Cell(join((swatch(f"c-{h.memory_class}"), h.memory_class.replace("_", " "))), h.memory_class),
-         _amount(h.n_bytes), _share(h.n_bytes / whole)]
+    rows: list[Row] = [
+        [
+            h.module or "(outside modules)",
+            Cell(join((swatch(f"c-{h.memory_class}"), h.memory_class.replace("_", " "))), h.memory_class),
+            _amount(h.n_bytes),
+            _share(h.n_bytes / whole),
+        ]
         for h in shown
-    ]  # fmt: skip
-    foot = None
+    ]
+    foot: Row | None = None
     if rest:
         more = sum(h.n_bytes for h in rest)
         foot = [Cell(f"{len(rest)} smaller"), "", _amount(more), _share(more / whole, bar=False)]
@@ -231,37 +297,37 @@ def _static(ledger: Ledger) -> str:
         else f" CUDA's caching allocator would hold {format_bytes(ledger.memory.reserved_bytes)}."
     )
     return (
-        f"The textbook's sum of parameters, layer outputs, gradients and optimizer state is {format_bytes(book.total)}: "
-        f"all four at once, which no instant of the step shows.{kept}"
+        "The textbook's sum of parameters, layer outputs, gradients and optimizer state is "
+        f"{format_bytes(book.total)}: all four at once, which no instant of the step shows.{kept}"
     )
 
 
-# ----------------------------------------------------------------------------------------------------- where it all goes
-
-
-def _shares(s: Subject) -> list[Share]:
-    return shares(s.ledger, s.forecast.cluster.accelerator if s.forecast is not None else None)
+# ---------------------------------------------------------------------------------------------------- where it all goes
 
 
 def _where(s: Subject) -> Section | None:
-    found = _shares(s)
-    measures = [("FLOPs", "flops", format_flops), ("bytes moved", "bytes_moved", format_bytes),
-                ("bytes at the peak", "bytes_at_peak", format_bytes)]  # fmt: skip
+    found = s.shares
+    measures: list[tuple[str, str, Callable[[float], str]]] = [
+        ("FLOPs", "flops", format_flops),
+        ("bytes moved", "bytes_moved", format_bytes),
+        ("bytes at the peak", "bytes_at_peak", format_bytes),
+    ]
     if s.forecast is not None:
         measures.insert(0, ("roofline time", "roofline_seconds", format_seconds))
     pictures = []
     for name, field, write in measures:
         cells = figures.cells(found, field)
+        what = name[:1].upper() + name[1:]
         if cells:
-            pictures.append((name, *(
-                plots.treemap(cells, f"map-{field}-{size}", write, name.capitalize() if name[0].islower() else name,
-                              width=w, height=h, most=most)
-                for size, w, h, most in (("wide", WIDE, 400, 60), ("narrow", NARROW, 420, 30))
-            )))  # fmt: skip
+            wide = plots.treemap(cells, f"map-{field}-wide", write, what, width=WIDE, height=400)
+            narrow = plots.treemap(cells, f"map-{field}-narrow", write, what, width=NARROW, height=420, most=30)
+            pictures.append((name, wide, narrow))
     if not pictures:
         return None
-    caption = ("Blocks alike are drawn as one, with how many they are. What an optimizer does is a part of its own; what no "
-               "module does itself, such as the loss, stands outside modules.")  # fmt: skip
+    caption = (
+        "Blocks alike are drawn as one, with how many they are. What an optimizer does is a part of its own; what no "
+        "module does itself, such as the loss, stands outside modules."
+    )
     return section(
         "where",
         "Where it goes",
@@ -272,29 +338,41 @@ def _where(s: Subject) -> Section | None:
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
-def _time(ledger: Ledger, forecast: Forecast) -> Section:
+def _time(ops: Sequence[figures.Ops], forecast: Forecast) -> Section:
     device = forecast.cluster.accelerator
-    ops = figures.merged(ledger, forecast)
     silent = [o for o in ops if not o.flops]
     whole = sum(o.roofline_seconds for o in ops) or 1.0
-    parts = [(f"b-{k}", v, f"{k} {format_seconds(v)}, {format_share(v / forecast.seconds)}")
-             for k, v in forecast.bound_by.items()]  # fmt: skip
-    bars = [plots.bar(parts, f"bound-{name}", "What the step's time is bound by", width=w)
-            for name, w in (("wide", WIDE), ("narrow", NARROW))]  # fmt: skip
+    parts = [
+        (f"b-{k}", v, f"{k} {format_seconds(v)}, {format_share(v / forecast.seconds)}")
+        for k, v in forecast.bound_by.items()
+    ]
+    bars = [
+        plots.bar(parts, f"bound-{name}", "What the step's time is bound by", width=w)
+        for name, w in (("wide", WIDE), ("narrow", NARROW))
+    ]
     pictures = [
-        plots.roofline(ops, f"roofline-{name}", device.peak_flops_per_s, device.memory_bytes_per_s, width=w, height=h,
-                       most=OPS, device=device.title)
+        plots.roofline(
+            ops,
+            f"roofline-{name}",
+            device.peak_flops_per_s,
+            device.memory_bytes_per_s,
+            width=w,
+            height=h,
+            most=OPS,
+            device=device.title,
+        )
         for name, w, h in (("wide", WIDE, 420), ("narrow", NARROW, 330))
-    ]  # fmt: skip
-    rows = [
-        ["expected", Cell(format_seconds(forecast.seconds)),
-         f"{format_seconds(forecast.lower_seconds)} … {format_seconds(forecast.upper_seconds)} (80 %), {forecast.basis}"],
+    ]
+    interval = f"{format_seconds(forecast.lower_seconds)} … {format_seconds(forecast.upper_seconds)}"
+    rows: list[Row] = [
+        ["expected", Cell(format_seconds(forecast.seconds)), f"{interval} (80 %), {forecast.basis}"],
         ["roofline bound", Cell(format_seconds(forecast.roofline_seconds)), "no run on this device beats it"],
         ["MFU", Cell(format_share(forecast.mfu)), f"attention full-square {format_share(forecast.mfu_full_square)}"],
         ["HFU", Cell(format_share(forecast.hfu)), "recompute counted too"],
-        *([c.op.replace("_", "-"), Cell(format_bytes(c.bytes)), f"sent per rank, {c.ranks} ranks, {_times(c.calls, 'call')}"]
-          for c in forecast.collectives),
-    ]  # fmt: skip
+    ]
+    for c in forecast.collectives:
+        sent = f"sent per rank, {c.ranks} ranks, {_times(c.calls, 'call')}"
+        rows.append([c.op.replace("_", "-"), Cell(format_bytes(c.bytes)), sent])
     left_out = (
         f" {_times(sum(o.calls for o in silent), 'call')} without FLOPs (copies, lookups, fills) have no place here: "
         f"{format_share(sum(o.roofline_seconds for o in silent) / whole)} of the roofline time."
@@ -302,32 +380,43 @@ def _time(ledger: Ledger, forecast: Forecast) -> Section:
         else ""
     )
     caption = (
-        "Each mark is a group of calls alike, where the device's bounds let it stand: on the slope memory binds, under the flat "
-        "roof the arithmetic units do. Area is time." + left_out
+        "Each mark is a group of calls alike, where the device's bounds let it stand: on the slope memory binds, on "
+        "the flat roof the arithmetic units do. Area is time." + left_out
     )
     return section(
         "time",
         "Time",
-        table("times", f"One step on {_on(forecast)}",
-              (Column("", number=False), Column(""), Column("", number=False)), rows, sort=False),
+        table(
+            "times",
+            f"One step on {_on(forecast)}",
+            (Column("", number=False), Column(""), Column("", number=False)),
+            rows,
+            sort=False,
+            snug=True,
+        ),
         tag("h3", "What binds it"),
         tag("div", tag("div", bars[0], class_="wide"), tag("div", bars[1], class_="narrow")),
         legend((class_, words) for class_, value, words in parts if value > 0),
         tag("h3", "Ops on the roofline"),
-        legend((("k-products", "matmul, attention, conv"), ("k-vector", "elementwise, reductions, copies"),
-                ("k-optimizer", "optimizer"))),
+        legend(
+            (
+                ("k-products", "matmul, attention, conv"),
+                ("k-vector", "elementwise, reductions, copies"),
+                ("k-optimizer", "optimizer"),
+            )
+        ),
         figure("roofline", [("", pictures[0], pictures[1])], caption, walk="Walk through the ops"),
         tag("h3", "The ops"),
         _ops(ops),
-    )  # fmt: skip
+    )
 
 
 def _ops(ops: Sequence[figures.Ops]) -> Markup:
     whole = sum(o.roofline_seconds for o in ops) or 1.0
-    rows = [
+    rows: list[Row] = [
         [
             Cell(o.op.removeprefix("aten."), o.op),
-            o.module or "(outside modules)",
+            plots.place_of(o),
             Cell(o.phase),
             Cell(o.dtype),
             Cell(f"{o.calls:,}", o.calls),
@@ -342,18 +431,39 @@ def _ops(ops: Sequence[figures.Ops]) -> Markup:
         for o in ops[:OPS]
     ]
     rest = ops[OPS:]
-    foot = None
+    foot: Row | None = None
     if rest:
         time = sum(o.roofline_seconds for o in rest)
-        foot = [f"{len(rest)} shorter", "", "", "", Cell(f"{sum(o.calls for o in rest):,}"), "", "", _seconds(time),
-                _share(time / whole, bar=False)]  # fmt: skip
+        foot = [
+            f"{len(rest)} shorter",
+            "",
+            "",
+            "",
+            Cell(f"{sum(o.calls for o in rest):,}"),
+            "",
+            "",
+            _seconds(time),
+            _share(time / whole, bar=False),
+        ]
     columns = (
-        Column("op", number=False), Column("module", number=False), Column("phase", number=False, minor=True),
-        Column("dtype", number=False, minor=True), Column("calls", minor=True), Column("FLOP/B", minor=True),
-        Column("bound by", number=False, minor=True), Column("roofline time"), Column("share"),
-    )  # fmt: skip
-    return table("ops", "Calls alike together, the longest first; * stands for every number", columns, rows, foot=foot,
-                 search="Search ops")  # fmt: skip
+        Column("op", number=False),
+        Column("module", number=False, name=True),
+        Column("phase", number=False, minor=True),
+        Column("dtype", number=False, minor=True),
+        Column("calls", minor=True),
+        Column("FLOP/B", minor=True),
+        Column("bound by", number=False, minor=True),
+        Column("roofline time"),
+        Column("share"),
+    )
+    return table(
+        "ops",
+        "Calls alike together, the longest first; * stands for every number",
+        columns,
+        rows,
+        foot=foot,
+        search="Search ops",
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- measurement
@@ -363,18 +473,24 @@ def _measurement(s: Subject) -> Section | None:
     measured, found = s.measured, s.found
     if measured is None or found is None:
         return None
-    rows = []
+    rows: list[Row] = []
     for line in found.lines:
         *shown, _ = line_cells(line)
         good = tag("span", "✓ balances" if line.balances else "✗ does not", class_="yes" if line.balances else "no")
         rows.append([*shown, Cell(good)])
-    columns = (Column("figure", number=False), Column("forecast"), Column("measured"), Column("error"),
-               Column("within", minor=True), Column("", number=False))  # fmt: skip
+    columns = (
+        Column("figure", number=False),
+        Column("forecast"),
+        Column("measured"),
+        Column("error"),
+        Column("within", minor=True),
+        Column("", number=False),
+    )
     fastest, slowest = measured.spread
     rate = format_rate(measured.model_flops / measured.seconds, "FLOP")
     words = (
-        f"A step took {format_seconds(measured.seconds)} (median of {len(measured.step_seconds)}, {format_seconds(fastest)} to "
-        f"{format_seconds(slowest)}), {rate}."
+        f"A step took {format_seconds(measured.seconds)} (median of {len(measured.step_seconds)}, "
+        f"{format_seconds(fastest)} to {format_seconds(slowest)}), {rate}."
     )
     causes = [f"{x.what}: {x.cause}" for x in found.lines if x.cause and x.error]
     return section(
@@ -385,33 +501,41 @@ def _measurement(s: Subject) -> Section | None:
         tag("p", measured.busy, class_="no") if measured.busy else None,
         _list(causes) if causes else None,
         tag("h3", "Where the measured time went"),
-        _parts("measured-kinds", "By kind, one profiled step", found.by_kind),
-        _parts("measured-modules", "By module", found.by_module, search="Search modules"),
+        _parts("measured-kinds", "kind", "By kind, one profiled step", found.by_kind),
+        _parts("measured-modules", "module", "By module", found.by_module, search="Search measured modules"),
         tag("p", f"{found.unmatched} of {len(s.ledger)} rows were not found in the profile.", class_="soft")
         if found.unmatched
         else None,
     )
 
 
-def _parts(id_: str, caption: str, parts: Sequence[Part], search: str = "") -> Markup:
+def _parts(id_: str, what: str, caption: str, parts: Sequence[Part], search: str = "") -> Markup:
     whole = sum(p.seconds for p in parts) or 1.0
-    rows = [
+    rows: list[Row] = [
         [
             p.name,
             _seconds(p.seconds),
             _share(p.seconds / whole),
             Cell(format_flops(p.flops) if p.flops else "", p.flops),
-            Cell(format_rate(p.flops / p.seconds, "FLOP") if p.flops and p.seconds else "",
-                 p.flops / p.seconds if p.flops and p.seconds else None),
+            Cell(
+                format_rate(p.flops / p.seconds, "FLOP") if p.flops and p.seconds else "",
+                p.flops / p.seconds if p.flops and p.seconds else None,
+            ),
             _amount(p.moved_bytes),
         ]
         for p in parts[:CELLS]
-    ]  # fmt: skip
-    foot = None
+    ]
+    foot: Row | None = None
     if parts[CELLS:]:
         foot = [f"{len(parts) - CELLS} more", _seconds(sum(p.seconds for p in parts[CELLS:])), "", "", "", ""]
-    columns = (Column("", number=False), Column("seconds"), Column("share"), Column("FLOPs", minor=True),
-               Column("achieved", minor=True), Column("bytes moved", minor=True))  # fmt: skip
+    columns = (
+        Column(what, number=False),
+        Column("seconds"),
+        Column("share"),
+        Column("FLOPs", minor=True),
+        Column("achieved", minor=True),
+        Column("bytes moved", minor=True),
+    )
     return table(id_, caption, columns, rows, foot=foot, search=search)
 
 
@@ -420,7 +544,7 @@ def _parts(id_: str, caption: str, parts: Sequence[Part], search: str = "") -> M
 
 def _modules(s: Subject) -> Section:
     timed = s.forecast is not None
-    found = _shares(s)
+    found = s.shares
     flops = sum(m.copies * m.flops for m in found) or 1
     moved = sum(m.copies * m.bytes_moved for m in found)
     at_peak = sum(m.copies * m.bytes_at_peak for m in found)
@@ -441,13 +565,25 @@ def _modules(s: Subject) -> Section:
     rows = [row(label(m.module, m.copies), m.module, m.copies, _together([m])) for m in shown]
     if rest:
         rows.append(row(f"{len(rest)} more", "", sum(m.copies for m in rest), _together(rest)))
-    columns = [Column("module", number=False), Column("alike", minor=True), Column("FLOPs"), Column("share"),
-               Column("bytes moved", minor=True), Column("at the peak", minor=True)]  # fmt: skip
+    columns = [
+        Column("module", number=False),
+        Column("alike", minor=True),
+        Column("FLOPs"),
+        Column("share"),
+        Column("bytes moved", minor=True),
+        Column("at the peak", minor=True),
+    ]
     if timed:
         columns.append(Column("roofline time"))
     whose = ", the whole job's FLOPs and one rank's bytes" if s.ledger.replicas > 1 else ""
-    made = table("module-table", f"Each row is a module itself, without those inside it; those alike together{whose}", columns, rows,
-                 foot=row("all", "", 0, (flops, moved, at_peak, seconds)), search="Search modules")  # fmt: skip
+    made = table(
+        "module-table",
+        f"Each row is a module itself, without those inside it; those alike together{whose}",
+        columns,
+        rows,
+        foot=row("all", "", 0, (flops, moved, at_peak, seconds)),
+        search="Search modules",
+    )
     return section("modules", "Modules", made)
 
 
@@ -463,16 +599,28 @@ def _together(found: Iterable[Share]) -> tuple[int, int, int, float]:
 
 def _kinds(s: Subject) -> Section:
     ledger = s.ledger
-    found = figures.kinds(figures.merged(ledger, s.forecast))
+    found = figures.kinds(s.ops)
     flops = sum(k.flops for k in found) or 1
     moved = sum(k.moved_bytes for k in found) or 1
-    rows = []
+    rows: list[Row] = []
     for k in found:
-        cells = [k.kind, Cell(f"{k.calls:,}", k.calls), Cell(format_flops(k.flops * ledger.replicas), k.flops),
-                 _share(k.flops / flops), _amount(k.moved_bytes), _share(k.moved_bytes / moved)]  # fmt: skip
+        cells: list[Cell | str] = [
+            k.kind,
+            Cell(f"{k.calls:,}", k.calls),
+            Cell(format_flops(k.flops * ledger.replicas), k.flops),
+            _share(k.flops / flops),
+            _amount(k.moved_bytes),
+            _share(k.moved_bytes / moved),
+        ]
         rows.append([*cells, _seconds(k.roofline_seconds)] if s.forecast is not None else cells)
-    columns = [Column("kind", number=False), Column("calls", minor=True), Column("FLOPs"), Column("share", minor=True),
-               Column("bytes moved"), Column("share", minor=True)]  # fmt: skip
+    columns = [
+        Column("kind", number=False),
+        Column("calls", minor=True),
+        Column("FLOPs"),
+        Column("share", minor=True),
+        Column("bytes moved"),
+        Column("share", minor=True),
+    ]
     if s.forecast is not None:
         columns.append(Column("roofline time"))
     flop = ledger.flops
@@ -483,17 +631,17 @@ def _kinds(s: Subject) -> Section:
         ("optimizer", flop.optimizer),
     ]
     kind_of = "matmul, attention and conv; the optimizer's of every kind"
-    phase_rows: list[list[Cell | str]] = [[name, Cell(format_flops(n), n)] for name, n in phases if n]
+    phase_rows: list[Row] = [[name, Cell(format_flops(n), n)] for name, n in phases if n]
     rule = flop.six_p_tokens
     beside = (
-        f"Model FLOPs are forward + backward, {s.least}{format_flops(flop.model)}. The rule of thumb 6 × parameters × tokens gives "
-        f"{format_flops(rule)} ({rule / flop.model - 1:+.1%})."
+        f"Model FLOPs are forward + backward, {s.least}{format_flops(flop.model)}. The rule of thumb "
+        f"6 × parameters × tokens gives {format_flops(rule)} ({rule / flop.model - 1:+.1%})."
         if flop.model
         else ""
     )
     attention = (
-        f" Attention is counted as far as its masks let through, {format_flops(flop.attention)}; full-square it would be "
-        f"{format_flops(flop.attention_full_square)}."
+        f" Attention is counted as far as its masks let through, {format_flops(flop.attention)}; full-square it would "
+        f"be {format_flops(flop.attention_full_square)}."
         if flop.attention
         else ""
     )
@@ -501,31 +649,51 @@ def _kinds(s: Subject) -> Section:
         "kinds",
         "Kinds and phases",
         table("kind-table", "Every op of the step by kind", columns, rows),
-        table("phase-table", f"FLOPs by phase: {kind_of}", (Column("phase", number=False), Column("FLOPs")), phase_rows),
+        table(
+            "phase-table",
+            f"FLOPs by phase: {kind_of}",
+            (Column("phase", number=False), Column("FLOPs")),
+            phase_rows,
+            snug=True,
+        ),
         tag("p", beside + attention),
-    )  # fmt: skip
+    )
 
 
 def _gradients(ledger: Ledger) -> Section:
     found = layers(ledger)
-    rows = [
-        [x.module or "(model)", Cell(x.shapes), Cell(x.formula), Cell(format_flops(x.forward), x.forward),
-         Cell(format_flops(x.d_input) if x.d_input else "none", x.d_input),
-         Cell(format_flops(x.d_weight) if x.d_weight else "none", x.d_weight)]
+    rows: list[Row] = [
+        [
+            x.module or "(model)",
+            Cell(x.shapes),
+            Cell(x.formula),
+            Cell(format_flops(x.forward), x.forward),
+            Cell(format_flops(x.d_input) if x.d_input else "none", x.d_input),
+            Cell(format_flops(x.d_weight) if x.d_weight else "none", x.d_weight),
+        ]
         for x in found[:CELLS]
-    ]  # fmt: skip
-    columns = (Column("layer", number=False), Column("forward product", number=False, minor=True),
-               Column("formula", number=False, minor=True), Column("forward"), Column("dX"), Column("dW"))  # fmt: skip
+    ]
+    columns = (
+        Column("layer", number=False),
+        Column("forward product", number=False, minor=True),
+        Column("formula", number=False, minor=True),
+        Column("forward"),
+        Column("dX"),
+        Column("dW"),
+    )
     cut = f"; {len(found) - CELLS} more stand in --json" if len(found) > CELLS else ""
-    return section("gradients", "Gradients",
-                   table("gradient-table", f"What each layer's products cost{cut}", columns, rows, search="Search layers"))  # fmt: skip
+    return section(
+        "gradients",
+        "Gradients",
+        table("gradient-table", f"What each layer's products cost{cut}", columns, rows, search="Search layers"),
+    )
 
 
 def _uncounted(ledger: Ledger) -> Section | None:
     found = ledger.uncounted
     if not found:
         return None
-    rows = [[u.op, Cell(f"{u.calls:,}", u.calls), _amount(u.bytes)] for u in found[:CELLS]]
+    rows: list[Row] = [[u.op, Cell(f"{u.calls:,}", u.calls), _amount(u.bytes)] for u in found[:CELLS]]
     return section(
         "uncounted",
         "Uncounted ops",
@@ -555,8 +723,15 @@ def _list(lines: Iterable[str]) -> Markup:
 def _footer(ledger: Ledger) -> Markup:
     versions = ", ".join(f"{name} {version}" for name, version in ledger.versions.items())
     partial = " The trace ended early: this is what it had seen." if ledger.partial else ""
-    return tag("footer", tag("p", f"Counted on tensors without data, no GPU needed. Made with {versions or 'bursar'}.{partial} "
-                                  "GB = 10⁹ bytes; a multiply and an add are two FLOPs.", class_="soft"))  # fmt: skip
+    return tag(
+        "footer",
+        tag(
+            "p",
+            f"Counted on tensors without data, no GPU needed. Made with {versions or 'bursar'}.{partial} "
+            "GB = 10⁹ bytes; a multiply and an add are two FLOPs.",
+            class_="soft",
+        ),
+    )
 
 
 def _amount(n_bytes: int) -> Cell:

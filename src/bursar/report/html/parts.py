@@ -15,9 +15,10 @@ CELLS = 400  # rows of one table; what is beyond stands in one more, so that a p
 class Column:
     """A table's column: numbers stand to the right, and a minor one is left out where there is no room."""
 
-    name: str
+    title: str
     number: bool = True
     minor: bool = False
+    name: bool = False  # may be as long as a model's author likes, and breaks anywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,9 @@ class Cell:
 
     shown: object
     value: float | int | str | None = None
+
+
+Row = Sequence[Cell | str]
 
 
 def headline(figures: Iterable[tuple[str, object, object, dict[str, object]]]) -> Markup:
@@ -44,14 +48,18 @@ def table(
     id_: str,
     caption: str,
     columns: Sequence[Column],
-    rows: Sequence[Sequence[Cell | str]],
+    rows: Sequence[Row],
     *,
-    foot: Sequence[Cell | str] | None = None,
+    foot: Row | None = None,
     sort: bool = True,
     search: str = "",
+    snug: bool = False,
 ) -> Markup:
-    """A table that ``report.js`` sorts by its columns and searches; ``search`` is the label of the field for that."""
-    head = tag("tr", *(tag("th", c.name, scope="col", class_=_class(c)) for c in columns))
+    """A table that ``report.js`` sorts by its columns and searches; ``search`` is the label of the field for that.
+
+    A ``snug`` one is as wide as what it holds.
+    """
+    head = tag("tr", *(tag("th", c.title, scope="col", class_=_class(c)) for c in columns))
     body = [tag("tr", *_cells(columns, row)) for row in rows]
     made = tag(
         "table",
@@ -60,6 +68,7 @@ def table(
         tag("tbody", *body),
         tag("tfoot", tag("tr", *_cells(columns, foot))) if foot is not None else None,
         id=id_,
+        class_="snug" if snug else None,
         data_sort="" if sort and len(rows) > 1 else None,
     )
     field = (
@@ -75,14 +84,15 @@ def table(
         else None
     )
     # it scrolls sideways on a phone: who has no pointer must reach it
-    return join((field, tag("div", made, class_="scroll", role="region", aria_label=caption, tabindex="0")))
+    tall = "scroll tall" if len(rows) > 16 else "scroll"
+    return join((field, tag("div", made, class_=tall, role="region", aria_label=caption, tabindex="0")))
 
 
 def _class(column: Column) -> str | None:
-    return " ".join(n for n, on in (("n", column.number), ("minor", column.minor)) if on) or None
+    return " ".join(n for n, on in (("n", column.number), ("minor", column.minor), ("name", column.name)) if on) or None
 
 
-def _cells(columns: Sequence[Column], row: Sequence[Cell | str]) -> Iterable[Markup]:
+def _cells(columns: Sequence[Column], row: Row) -> Iterable[Markup]:
     for i, (column, given) in enumerate(zip(columns, row, strict=True)):
         cell = given if isinstance(given, Cell) else Cell(given)
         name = {"scope": "row"} if not i else {}
@@ -99,7 +109,7 @@ def figure(
     said: Any = None,
     start: int = 0,
 ) -> Markup:
-    """Pictures as (name, for a wide page, for a narrow one), one shown at a time, with keys to walk through their marks.
+    """Pictures as (name, for a wide page, for a narrow one), one shown at a time; keys walk through their marks.
 
     ``walk`` labels the control for that, ``switch`` the choice of one of several pictures. ``said`` is what is told of
     each mark, where the marks do not carry it themselves; ``start`` is the first one told of.
@@ -150,8 +160,15 @@ def legend(entries: Iterable[tuple[str, object]]) -> Markup:
 
 def swatch(class_: str) -> Markup:
     """A square of a class's colour; the words beside it say the same."""
-    return tag("svg", tag("rect", width=10, height=10, rx=2, class_=class_), viewBox="0 0 10 10", width=10, height=10,
-               class_="swatch", aria_hidden="true")  # fmt: skip
+    return tag(
+        "svg",
+        tag("rect", width=10, height=10, rx=2, class_=class_),
+        viewBox="0 0 10 10",
+        width=10,
+        height=10,
+        class_="swatch",
+        aria_hidden="true",
+    )
 
 
 class Section(NamedTuple):

@@ -19,8 +19,14 @@ from bursar.units import format_bytes, format_flops, format_rate, format_seconds
 STACK = ("parameters", "buffers", "optimizer_state", "inputs", "gradients", "activations", "temporary")  # from below
 assert sorted(STACK) == sorted(CLASSES)
 _LETTER = 0.56  # of the font size: the mean advance of a system font's letters, measured on DejaVu and Roboto
-_GROUPS = {"matmul": "products", "attention": "products", "conv": "products", "optimizer": "optimizer",
-           "collective": "collective", "uncounted": "uncounted"}  # fmt: skip
+_GROUPS = {
+    "matmul": "products",
+    "attention": "products",
+    "conv": "products",
+    "optimizer": "optimizer",
+    "collective": "collective",
+    "uncounted": "uncounted",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,18 @@ class Box:
 
 def svg(id_: str, width: float, height: float, title: str, about: str, *children: object, class_: str = "") -> Markup:
     """A picture with a title and a description, which a screen reader reads in its stead."""
-    return tag("svg", tag("title", title, id=f"{id_}-title"), tag("desc", about, id=f"{id_}-desc"), *children,
-               viewBox=f"0 0 {width:g} {height:g}", id=id_, class_=class_ or None, role="img",
-               aria_labelledby=f"{id_}-title {id_}-desc", xmlns="http://www.w3.org/2000/svg")  # fmt: skip
+    return tag(
+        "svg",
+        tag("title", title, id=f"{id_}-title"),
+        tag("desc", about, id=f"{id_}-desc"),
+        *children,
+        viewBox=f"0 0 {width:g} {height:g}",
+        id=id_,
+        class_=class_ or None,
+        role="img",
+        aria_labelledby=f"{id_}-title {id_}-desc",
+        xmlns="http://www.w3.org/2000/svg",
+    )
 
 
 def ticks(most: float, about: int = 4) -> list[float]:
@@ -99,10 +114,14 @@ def timeline(
         return frame.x + frame.width * max(0, i - 1) / columns
 
     grid = [
-        join((tag("line", x1=frame.x, x2=frame.x + frame.width, y1=y(t), y2=y(t), class_="grid"),
-              _text(frame.x - 8, y(t) + 4, words, "tick", "end")))
+        join(
+            (
+                tag("line", x1=frame.x, x2=frame.x + frame.width, y1=y(t), y2=y(t), class_="grid"),
+                _text(frame.x - 8, y(t) + 4, words, "tick", "end"),
+            )
+        )
         for t, words in _bytes_ticks(most)
-    ]  # fmt: skip
+    ]
     order = [CLASSES.index(c) for c in STACK]
     layers = []
     for depth in range(len(STACK), 0, -1):  # the highest first, each painted over by those below it
@@ -133,16 +152,26 @@ def timeline(
     phases = []
     for phase, start, end in course.phases:
         x, w = frame.x + start * frame.width, (end - start) * frame.width
-        phases.append(tag("rect", tag("title", phase), x=x, y=floor + 5, width=max(1.0, w - 1), height=6,
-                          class_=f"p-{phase}"))  # fmt: skip
+        phases.append(
+            tag("rect", tag("title", phase), x=x, y=floor + 5, width=max(1.0, w - 1), height=6, class_=f"p-{phase}")
+        )
         if w > _wide(phase, 12) + 8:
             phases.append(_text(x + w / 2, floor + 25, phase, "tick", "middle"))
     length = f"{course.ops} ops" if course.seconds is None else format_seconds(course.seconds)
     ends = [_text(frame.x, floor + 39, "0", "tick"), _text(frame.x + frame.width, floor + 39, length, "tick", "end")]
     cursor = tag("line", x1=0, x2=0, y1=frame.y, y2=floor, class_="cursor")
     columns_data = {"data-x0": frame.x, "data-w": frame.width}
-    body = tag("g", *grid, *layers, *phases, *ends, *marks, cursor, class_="columns",
-               **{k.replace("-", "_"): v for k, v in columns_data.items()})  # fmt: skip
+    body = tag(
+        "g",
+        *grid,
+        *layers,
+        *phases,
+        *ends,
+        *marks,
+        cursor,
+        class_="columns",
+        **{k.replace("-", "_"): v for k, v in columns_data.items()},
+    )
     title = f"Live bytes over the step: peak {format_bytes(peak.total)}"
     return svg(id_, width, height, title, about or title, body, class_="plot timeline")
 
@@ -199,11 +228,17 @@ def squarify(values: Sequence[float], box: Box) -> list[Box]:
         along = 0.0
         for area in row:
             length = area / thick if thick else 0.0
-            found.append(Box(box.x, box.y + along, thick, length) if box.width >= box.height
-                         else Box(box.x + along, box.y, length, thick))  # fmt: skip
+            found.append(
+                Box(box.x, box.y + along, thick, length)
+                if box.width >= box.height
+                else Box(box.x + along, box.y, length, thick)
+            )
             along += length
-        box = (Box(box.x + thick, box.y, max(0.0, box.width - thick), box.height) if box.width >= box.height
-               else Box(box.x, box.y + thick, box.width, max(0.0, box.height - thick)))  # fmt: skip
+        box = (
+            Box(box.x + thick, box.y, max(0.0, box.width - thick), box.height)
+            if box.width >= box.height
+            else Box(box.x, box.y + thick, box.width, max(0.0, box.height - thick))
+        )
         row = []
     return found
 
@@ -215,9 +250,15 @@ def _worst(row: Sequence[float], side: float) -> float:
 
 
 def treemap(
-    cells: Iterable[Cell], id_: str, write: Callable[[float], str], what: str, *, width: float, height: float,
-    most: int = 60
-) -> Markup:  # fmt: skip
+    cells: Iterable[Cell],
+    id_: str,
+    write: Callable[[float], str],
+    what: str,
+    *,
+    width: float,
+    height: float,
+    most: int = 60,
+) -> Markup:
     """``cells`` by area, groups first, in each the largest first; ``write`` gives a value its unit, ``what`` names it.
 
     Of more than ``most`` the smallest of each group are drawn as one.
@@ -227,8 +268,13 @@ def treemap(
     for cell in cells:
         groups.setdefault(cell.group, []).append(cell)
         whole += cell.value
-    ordered = _fewer(sorted(((g, sorted(c, key=lambda c: -c.value)) for g, c in groups.items()),
-                            key=lambda pair: -math.fsum(c.value for c in pair[1])), most)  # fmt: skip
+    ordered = _fewer(
+        sorted(
+            ((g, sorted(c, key=lambda c: -c.value)) for g, c in groups.items()),
+            key=lambda pair: -math.fsum(c.value for c in pair[1]),
+        ),
+        most,
+    )
     boxes = squarify([math.fsum(c.value for c in inside) for _, inside in ordered], Box(0, 0, width, height))
     drawn: list[tuple[float, Markup]] = []
     headers = []
@@ -237,8 +283,15 @@ def treemap(
         alone = len(inside) == 1
         if not alone and frame.height > 46 and frame.width > 50:
             total = math.fsum(c.value for c in inside)
-            headers.append(_label(frame.x + 2, frame.y + 13, frame.width - 4,
-                                  (f"{group}  {format_share(total / whole)}", group), "group"))  # fmt: skip
+            headers.append(
+                _label(
+                    frame.x + 2,
+                    frame.y + 13,
+                    frame.width - 4,
+                    (f"{group} · {format_share(total / whole)}", group),
+                    "group",
+                )
+            )
             frame = frame.inset(0, 19)
         tone = "t-optimizer" if group == "optimizer step" else "t-outside" if group.startswith("(") else "t-module"
         for cell, place in zip(inside, squarify([c.value for c in inside], frame), strict=True):
@@ -251,7 +304,7 @@ def treemap(
 
 
 def _fewer(groups: list[tuple[str, list[Cell]]], most: int) -> list[tuple[str, list[Cell]]]:
-    """At most about ``most`` cells: small groups become one cell each, then one together; of a large one the tail does."""
+    """At most about ``most`` cells: a group's tail becomes one cell, and groups that are all tail one together."""
     if sum(len(inside) for _, inside in groups) <= most:
         return groups
     cut = sorted((c.value for _, inside in groups for c in inside), reverse=True)[most - 1]
@@ -284,7 +337,7 @@ def _cell(cell: Cell, box: Box, tone: str, write: Callable[[float], str], whole:
         words.append(_label(box.x + 5, box.y + 14, box.width - 8, names, "name"))
         if box.height > 34:
             words.append(
-                _label(box.x + 5, box.y + 29, box.width - 8, (f"{write(cell.value)}  {share}", share), "value")
+                _label(box.x + 5, box.y + 29, box.width - 8, (f"{write(cell.value)} · {share}", share), "value")
             )
     return tag("g", tag("title", said), rect, *words, class_=f"mark {tone}", data_m="")
 
@@ -302,9 +355,16 @@ def _label(x: float, y: float, room: float, wordings: Sequence[str], class_: str
 
 
 def roofline(
-    ops: Sequence[Ops], id_: str, peaks: Mapping[str, float], bytes_per_s: float, *, width: float, height: float,
-    most: int = 200, device: str = ""
-) -> Markup:  # fmt: skip
+    ops: Sequence[Ops],
+    id_: str,
+    peaks: Mapping[str, float],
+    bytes_per_s: float,
+    *,
+    width: float,
+    height: float,
+    most: int = 200,
+    device: str = "",
+) -> Markup:
     """Ops by arithmetic intensity and the FLOP/s that the device's bounds leave them; a mark's area is its time.
 
     ``peaks`` are dense FLOP/s by dtype: a roof is drawn for each dtype that is multiplied in. Ops without FLOPs have no
@@ -331,44 +391,74 @@ def roofline(
     thin = 2 if high_x - low_x > 7 or width < 500 else 1
     for power in range(low_x, high_x + 1, thin):
         at = x(10.0**power)
-        grid += [tag("line", x1=at, x2=at, y1=frame.y, y2=frame.y + frame.height, class_="grid"),
-                 _text(at, frame.y + frame.height + 17, _power(power), "tick", "middle")]  # fmt: skip
+        grid += [
+            tag("line", x1=at, x2=at, y1=frame.y, y2=frame.y + frame.height, class_="grid"),
+            _text(at, frame.y + frame.height + 17, _power(power), "tick", "middle"),
+        ]
     for power in range(low_y, int(high_y) + 1, 1 if high_y - low_y < 6 else 2):
-        grid += [tag("line", x1=frame.x, x2=frame.x + frame.width, y1=y(10.0**power), y2=y(10.0**power), class_="grid"),
-                 _text(frame.x - 8, y(10.0**power) + 4, format_rate(10**power, "FLOP").removesuffix("FLOP/s") if power >= 0
-                       else _power(power), "tick", "end")]  # fmt: skip
-    grid += [_text(frame.x + frame.width, frame.y + frame.height + 36, "FLOP per byte moved", "tick", "end"),
-             _text(2, frame.y + frame.height + 36, "FLOP/s, upwards", "tick")]  # fmt: skip
-    roofs = []
+        grid += [
+            tag("line", x1=frame.x, x2=frame.x + frame.width, y1=y(10.0**power), y2=y(10.0**power), class_="grid"),
+            _text(
+                frame.x - 8,
+                y(10.0**power) + 4,
+                format_rate(10**power, "FLOP").removesuffix("FLOP/s") if power >= 0 else _power(power),
+                "tick",
+                "end",
+            ),
+        ]
+    grid += [
+        _text(frame.x + frame.width, frame.y + frame.height + 36, "FLOP per byte moved", "tick", "end"),
+        _text(2, frame.y + frame.height + 36, "FLOP/s, upwards", "tick"),
+    ]
+    roofs, taken = [], list[Box]()
     for dtype, peak in used.items():
         bend = peak / bytes_per_s
-        path = (f"M{x(10.0**low_x):.1f} {y(bytes_per_s * 10.0**low_x):.1f}L{x(bend):.1f} {y(peak):.1f}"
-                f"H{frame.x + frame.width:.1f}")  # fmt: skip
-        roofs += [tag("path", d=path, class_="roof"),
-                  _text(frame.x + frame.width - 4, y(peak) - 6, f"{dtype} {format_rate(peak, 'FLOP')}", "halo", "end")]  # fmt: skip
+        path = (
+            f"M{x(10.0**low_x):.1f} {y(bytes_per_s * 10.0**low_x):.1f}L{x(bend):.1f} {y(peak):.1f}"
+            f"H{frame.x + frame.width:.1f}"
+        )
+        words = f"{dtype} {format_rate(peak, 'FLOP')}"
+        right, wide = frame.x + frame.width - 4, _wide(words, 12)
+        taken.append(Box(right - wide, y(peak) - 18, wide, 16))
+        roofs += [tag("path", d=path, class_="roof"), _text(right, y(peak) - 6, words, "halo", "end")]
     whole = math.fsum(o.roofline_seconds for o in ops) or 1.0
-    largest = (width / 32) ** 2
-    marks, names, taken = [], [], list[Box]()
+    largest = (width / 18) ** 2
+    marks, names = [], list[Markup]()
     for o, rate in zip(drawn, reached, strict=True):
         share = o.roofline_seconds / whole
         r = max(2.5, math.sqrt(largest * share))
         place = (x(o.intensity), y(rate))
-        said = (f"{o.op} ({o.kind}, {o.phase}) in {o.module or '(outside modules)'}: {o.calls} calls, "
-                f"{format_seconds(o.roofline_seconds)}, {format_share(share)} of the roofline time, bound by {o.bound}; "
-                f"{o.intensity:.3g} FLOP/B, {format_flops(o.flops)}, {format_bytes(o.moved_bytes)}")  # fmt: skip
-        marks.append(tag("circle", tag("title", said), cx=place[0], cy=place[1], r=r, data_m="",
-                         class_=f"mark k-{_GROUPS.get(o.kind, 'vector')}"))  # fmt: skip
+        said = (
+            f"{o.op} ({o.kind}, {o.phase}) in {place_of(o)}: {o.calls:,} call{'' if o.calls == 1 else 's'}, "
+            f"{format_seconds(o.roofline_seconds)}, {format_share(share)} of the roofline time, bound by {o.bound}; "
+            f"{ratio(o.intensity)} FLOP/B, {format_flops(o.flops)}, {format_bytes(o.moved_bytes)}"
+        )
+        marks.append(
+            tag(
+                "circle",
+                tag("title", said),
+                cx=place[0],
+                cy=place[1],
+                r=r,
+                data_m="",
+                class_=f"mark k-{_GROUPS.get(o.kind, 'vector')}",
+            )
+        )
         if len(names) < 5 and share > 0.02:
             names += _named(o, place, r, frame, taken)
-    about = (f"{len(drawn)} groups of calls under the roofs of {device or 'the device'}; "
-             f"memory {format_rate(bytes_per_s, 'B')}, " + ", ".join(f"{d} {format_rate(p, 'FLOP')}" for d, p in used.items()))  # fmt: skip
+    about = (
+        f"{len(drawn)} groups of calls under the roofs of {device or 'the device'}; "
+        f"memory {format_rate(bytes_per_s, 'B')}, "
+        + ", ".join(f"{d} {format_rate(p, 'FLOP')}" for d, p in used.items())
+    )
     # small marks last, so that none lies hidden below a large one; the order of the titles stays that of time
     return svg(id_, width, height, "Ops on the roofline", about, *grid, *roofs, *marks, *names, class_="plot roofline")
 
 
 def _named(o: Ops, place: tuple[float, float], r: float, frame: Box, taken: list[Box]) -> list[Markup]:
     """The op's name beside its mark, where no other name stands."""
-    words = f"{(o.module.rpartition('.')[2] if o.module else '') or o.op.removeprefix('aten.')} {o.phase}"
+    last = o.module.rpartition(".")[2]
+    words = f"{(o.module if last == '*' else last) or o.op.removeprefix('aten.')} {o.phase}"
     wide = _wide(words, 12)
     for x, anchor in ((place[0] - r - 5 - wide, "end"), (place[0] + r + 5, "start")):
         for dy in (4, 20, -12):
@@ -378,6 +468,20 @@ def _named(o: Ops, place: tuple[float, float], r: float, frame: Box, taken: list
                 taken.append(box)
                 return [_text(x + wide if anchor == "end" else x, place[1] + dy, words, "halo name", anchor)]
     return []
+
+
+def place_of(o: Ops) -> str:
+    """The module of ops alike, or what stands for one."""
+    return o.module or ("optimizer step" if o.phase == "optimizer" else "(outside modules)")
+
+
+def ratio(x: float) -> str:
+    """A plain number to about three digits.
+
+    >>> ratio(2489.6), ratio(0.3333)
+    ('2,490', '0.333')
+    """
+    return f"{float(f'{x:.3g}'):,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _touch(a: Box, b: Box) -> bool:
@@ -408,15 +512,32 @@ def bar(
     drawn, at = [], 0.0
     for class_, value, words in found:
         wide = width * value / whole
-        drawn.append(tag("rect", tag("title", words), x=at, y=0, width=max(0.6, wide - 1), height=height,
-                         class_=f"mark {class_}", data_m=""))  # fmt: skip
+        drawn.append(
+            tag(
+                "rect",
+                tag("title", words),
+                x=at,
+                y=0,
+                width=max(0.6, wide - 1),
+                height=height,
+                class_=f"mark {class_}",
+                data_m="",
+            )
+        )
         at += wide
     about = "; ".join(words for _, _, words in found)
     return svg(id_, width, height, title, about or title, *drawn, class_="plot bar")
 
 
 def share_bar(share: float, width: float = 64) -> Markup:
-    """A share of 1 as a short bar in a table's cell: the number beside it says the same, so it is hidden from readers."""
-    return tag("svg", tag("rect", width=width, height=6, class_="track"),
-               tag("rect", width=max(0.0, min(1.0, share)) * width, height=6, class_="fill"), viewBox=f"0 0 {width:g} 6",
-               width=width, height=6, class_="share", aria_hidden="true")  # fmt: skip
+    """A share of 1 as a short bar in a cell: the number beside it says the same, so screen readers pass it over."""
+    return tag(
+        "svg",
+        tag("rect", width=width, height=6, class_="track"),
+        tag("rect", width=max(0.0, min(1.0, share)) * width, height=6, class_="fill"),
+        viewBox=f"0 0 {width:g} 6",
+        width=width,
+        height=6,
+        class_="share",
+        aria_hidden="true",
+    )
