@@ -30,6 +30,8 @@ _VOCABULARIES = {  # where Megatron's CI does not print one; tests/functional_te
     "bert": 28996 + 2,  # bert-large-cased, begin and end
     "t5": 28996 + 2 + 100,  # and --vocab-extra-ids 100
     "release": 256000,  # nemotron_2_256k
+    "mixtral_8x22b": 32000,  # Llama2Tokenizer
+    "mixtral_8x7b_tp1": 32000,
 }
 _LAYERS = 24
 _GPU = "a100-80g-sxm"  # where a source prints none: what most rows ran on
@@ -183,10 +185,12 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
     tp, pp, cp = (cell.count(c, 1) for c in ("tp", "pp", "cp"))
     n_gpus = cell.count("n_gpus", 0) or _ranks(cell)
     if "ci_platform" in flags and not cell.text("n_gpus"):
-        # Megatron's CI runs on one node of 8, or on as many as one group of experts needs
+        # Megatron's CI runs on one node, or on as many as one group of experts needs; full-size models on 16
         experts = cell.count("ep", 1) * int(flags.get("etp") or (tp if model.n_experts else 1))
-        n_gpus = max(8, tp * pp * cp * max(1, experts // (tp * cp)))
-        cell.assumed.append(f"{n_gpus} GPUs (the source prints none: one node, or what its experts need)")
+        node = 4 if cell.text("gpu").startswith("gb") else 8
+        nodes = 1 if "tiny_model" in flags else 16
+        n_gpus = max(nodes * node, tp * pp * cp * max(1, experts // (tp * cp)))
+        cell.assumed.append(f"{n_gpus} GPUs (the source prints none)")
     if not cell.text("tp") and "model_parallel" in flags:
         tp, pp = _split(_number_in(flags, "model_parallel", 1), cell.count("gpus_per_node", 8), model.n_layers)
         cell.assumed.append(f"tp = {tp}, pp = {pp} (the source prints their product only)")
@@ -380,7 +384,8 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
         d_ff = -(-(8 * d // 3) // 64) * 64 if gated else 4 * d
         cell.assumed.append(f"d_ff = {d_ff}")
     which = "release" if "ci_platform" in flags and "tiny_model" not in flags and family != "t5" else family
-    vocabulary = cell.count("vocab", _VOCABULARIES.get(which, _VOCABULARY), "the source prints none")
+    named = next((n for n in _VOCABULARIES if cell.text("model").startswith(n)), which)
+    vocabulary = cell.count("vocab", _VOCABULARIES.get(named, _VOCABULARY), "the source prints none")
     experts = cell.count("n_experts", 0)
     mla = [int(x) for x in flags.get("mla", "").split("/") if x.isdecimal()]
     shared = cell.count("n_shared_experts", 0)
