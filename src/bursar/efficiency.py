@@ -90,7 +90,8 @@ def _ceiling(device: Accelerator, dtype: str) -> float:
     k_loop = coefficient("matmul_k_loop")
     best = 1 + k_loop / 5120  # the best shapes have K of some thousands
     if dtype == "fp32":
-        return device.peak("fp32") * coefficient("matmul_ceiling_vector")
+        power = 1.0 if device.measured_matmul_flops_per_s else min(clock_share(device), 1.0)
+        return device.peak("fp32") * coefficient("matmul_ceiling_vector") * power
     best *= sustained(device)
     if measured is not None:
         return measured * best
@@ -105,18 +106,22 @@ _REFERENCE_WATTS = {"ampere": 400 / 312, "hopper": 700 / 989.4, "blackwell": 120
 
 
 def sustained(device: Accelerator) -> float:
-    """What a long run keeps of the best product, at most 1: with more power per FLOP the clock stays higher.
+    """What a long run keeps of the best product of its generation, at most 1.
 
     The best product of a device that someone measured was measured at its own power limit.
     """
-    born = generation(device)
-    share = coefficient(f"matmul_sustained_{born}")
-    if device.tdp_watts and not device.measured_matmul_flops_per_s and _maker(device) == "nvidia":
-        watts = device.tdp_watts / (device.peak(product_dtype(device, "bf16")) / 1e12)
-        static = coefficient("power_static")
-        dynamic = max(watts / _REFERENCE_WATTS[born] - static, 0.05) / (1 - static)
-        share = min(share * dynamic ** coefficient("power_exponent"), 1.0)
-    return share
+    share = coefficient(f"matmul_sustained_{generation(device)}")
+    return share if device.measured_matmul_flops_per_s else min(share * clock_share(device), 1.0)
+
+
+def clock_share(device: Accelerator) -> float:
+    """The clock that the power limit allows, over that of the generation's best known part."""
+    if not device.tdp_watts or _maker(device) != "nvidia":
+        return 1.0
+    watts = device.tdp_watts / (device.peak(product_dtype(device, "bf16")) / 1e12)
+    static = coefficient("power_static")
+    dynamic = max(watts / _REFERENCE_WATTS[generation(device)] - static, 0.05) / (1 - static)
+    return float(dynamic ** coefficient("power_exponent"))
 
 
 def _maker(device: Accelerator) -> str:
@@ -135,7 +140,9 @@ def product_dtype(device: Accelerator, precision: str) -> str:
 def rates(device: Accelerator, attention: str = "fused") -> Rates:
     """What ``device`` reaches, with ``attention`` flash1, flash2 or fused (the newest kernel of its generation)."""
     born = generation(device)
-    if attention == "flash1":
+    if attention == "flash1" and born != "ampere":
+        forward, backward = coefficient("flash1_forward_hopper"), coefficient("flash1_backward_hopper")
+    elif attention == "flash1":
         forward, backward = coefficient("flash1_forward"), coefficient("flash1_backward")
     elif born == "ampere":
         forward, backward = coefficient("flash2_forward_ampere"), coefficient("flash2_backward_ampere")
@@ -143,7 +150,7 @@ def rates(device: Accelerator, attention: str = "fused") -> Rates:
         forward, backward = coefficient("flash2_forward_hopper"), coefficient("flash2_backward_hopper")
     else:
         forward, backward = coefficient(f"fused_forward_{born}"), coefficient(f"fused_backward_{born}")
-    half = device.peak(product_dtype(device, "bf16"))
+    half = device.peak(product_dtype(device, "bf16")) * min(clock_share(device), 1.0)
     dtypes = {
         d: _ceiling(device, d) for d in device.peak_flops_per_s if d in ("fp32", "tf32", "fp16", "bf16", "fp8", "fp4")
     }

@@ -544,6 +544,8 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     parameter, gradient = _element_bytes(job, case)
     matrix_state, other_state = state_bytes(job)
     trained = float(job.flags.get("trainable") or 1)  # share of the parameters; the rest is frozen, in 16 bit
+    if "finetune_lora" in job.flags:  # the adapters are small beside what they adapt
+        trained = 0.0
     if trained < 1:
         parameter, gradient = 2 + (parameter - 2) * trained, gradient * trained
         matrix_state, other_state = matrix_state * trained, other_state * trained
@@ -628,11 +630,7 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
         "parameters": parameters,
         "gradients": np.where((loss_is | block_is) & ~np.asarray(several), 0, gradients),
         "optimizer_state": states,
-<<<<<<< HEAD
-        "activations": np.where(loss_is | block_is, activations, np.where(end_is, at_end - base - gradients - late, 0)),
-=======
         "activations": np.where(loss_is | block_is, activations, np.where(end_is, still, 0)),
->>>>>>> rankmem
         "logits": np.where(loss_is, logits, 0),
         "collective_buffers": buffers + np.where(block_is, reduce, 0),
         "temporary": np.select(

@@ -32,7 +32,8 @@ Array = Any
 
 AXES: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "reshard_after_forward", "sequence_parallel",
                "virtual_stages", "micro_batch", "micro_batches")  # fmt: skip
-GIVEN: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "sequence_parallel", "virtual_stages")
+GIVEN: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "sequence_parallel", "virtual_stages",
+                "micro_batch")  # fmt: skip
 RECOMPUTE: Final = (("none", 1), ("selective", 1), ("full", 1), ("full", 2), ("full", 4), ("full", 8))
 BY: Final = ("time", "cost", "memory")
 CHUNK: Final = 1 << 17  # layouts priced at once: some hundred arrays of a megabyte
@@ -68,7 +69,8 @@ class Question:
     optimizer: str = "adamw"
     framework: str = "megatron-bridge"
     compiled: bool = False
-    fixed: Mapping[str, int] = field(default_factory=dict, hash=False)  # axes that are not searched
+    # axes that are not searched, or of which only some values are
+    fixed: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict, hash=False)
     days: float | None = None  # at most
     budget_usd: float | None = None  # at most
     usd_per_gpu_hour: float | None = None  # in place of the catalogue's
@@ -274,7 +276,7 @@ class Space:
 def enumerate_layouts(question: Question, n_ranks: int) -> Space:
     """Every layout of ``n_ranks`` ranks that divides; ``searched`` counts the others too."""
     model, S, fixed = question.model, question.seq_len, question.fixed
-    micro = _powers(max(1, int(question.batch * (1 + _SLACK))))
+    micro = _axis(fixed, "micro_batch", _powers(max(1, int(question.batch * (1 + _SLACK)))))
     chunks = (
         _divisors(model.n_layers) if "interleaved" in question.schedules or "dualpipev" in question.schedules else [1]
     )
@@ -288,7 +290,7 @@ def enumerate_layouts(question: Question, n_ranks: int) -> Space:
                 if n_ranks % (tp * pp * cp):
                     continue
                 dp = n_ranks // (tp * pp * cp)
-                if "dp" in fixed and fixed["dp"] != dp:
+                if dp not in _axis(fixed, "dp", [dp]):
                     continue
                 shards = _shardings(dp * cp, fixed)
                 inner = len(_axis(fixed, "sequence_parallel", [0, 1])) * len(shards) * len(micro)
@@ -317,7 +319,7 @@ def _structure(model: Decoder, S: int, dp: int, tp: int, pp: int, cp: int, ep: i
     return ""
 
 
-def _shardings(replicas: int, fixed: Mapping[str, int]) -> list[tuple[int, int, int]]:
+def _shardings(replicas: int, fixed: Mapping[str, int | tuple[int, ...]]) -> list[tuple[int, int, int]]:
     """(stage, reshard after forward, group or 1 for all) over dp·cp ranks: ZeRO 0 to 3, FSDP, HSDP."""
     stages = _axis(fixed, "zero_stage", [0, 1, 2, 3])
     groups = _axis(fixed, "fsdp", [1, *(g for g in _divisors(replicas) if 1 < g < replicas)])
@@ -660,8 +662,11 @@ def _powers(limit: int) -> list[int]:
     return [1 << k for k in range(limit.bit_length())]
 
 
-def _axis(fixed: Mapping[str, int], name: str, free: list[int]) -> list[int]:
-    return [fixed[name]] if name in fixed else free
+def _axis(fixed: Mapping[str, int | tuple[int, ...]], name: str, free: list[int]) -> list[int]:
+    given = fixed.get(name)
+    if isinstance(given, int):
+        return [given]
+    return free if given is None else [value for value in free if value in given]
 
 
 def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
