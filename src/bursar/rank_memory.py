@@ -552,6 +552,9 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     if "bf16_states" in job.flags:
         parameter, gradient, other_state = 2.0, 2.0, other_state / 2
         matrix_state = matrix_state if "8bit" in job.optimizer else matrix_state / 2
+        trained = trained / 2
+    if "8bit" in job.optimizer or "fused_update" in job.flags:  # one kernel, in place: no lists of temporaries
+        trained = 0.0
     if "offload_states" in job.flags:  # and their update with them
         matrix_state = other_state = trained = 0.0
     if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
