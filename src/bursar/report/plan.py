@@ -92,6 +92,7 @@ def shorthand(choice: Choice) -> str:
         said.append(f"tp{lay.tp}" + "s" * bool(lay.sequence_parallel))
     if lay.pp > 1:
         said.append(f"pp{lay.pp}" + (f"×{lay.virtual_stages}" if lay.virtual_stages > 1 else ""))
+        said += [lay.schedule] * (lay.schedule not in ("1f1b", "interleaved"))
     said += [f"{axis}{getattr(lay, axis)}" for axis in ("cp", "ep") if getattr(lay, axis) > 1]
     if choice.job.precision != "bf16":
         said.append(choice.job.precision)
