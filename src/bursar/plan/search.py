@@ -75,6 +75,7 @@ class Question:
     days: float | None = None  # at most
     budget_usd: float | None = None  # at most
     usd_per_gpu_hour: float | None = None  # in place of the catalogue's
+    notes: tuple[str, ...] = ()  # what was taken for granted in asking
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch"):
@@ -570,7 +571,7 @@ def _words(job: Job) -> str:
 
 def _notes(question: Question, best: Sequence[Choice]) -> tuple[str, ...]:
     """What the answer takes for granted."""
-    said = []
+    said = list(question.notes)
     if best:
         asked, made = question.batch * question.seq_len, best[0].batch_tokens
         if made != round(asked):

@@ -31,7 +31,10 @@ def render(plan: Plan, *, explain: bool = False) -> Iterator[Any]:
         yield line(plan.nearest)
         yield _rejected(plan)
         return
-    several = len({choice.cluster.name for choice in plan.layouts}) > 1
+    names = {choice.cluster.name for choice in plan.layouts}
+    several = len(names) > 1
+    if not several:
+        yield line(f"On {names.pop()}:")
     yield table(_title(plan), *_columns(plan, several))
     yield note(
         "dp replicas, z ZeRO stage (3 is FSDP; k parameters kept after forward; /group) · tp, s with sequence "
