@@ -282,6 +282,21 @@ def test_a_vocabulary_is_padded_to_a_multiple_for_each_tensor_rank():
     assert padded_vocabulary(replace(job, framework="nanotron")) == 50_260
 
 
+def test_what_is_taken_for_granted_is_said():
+    assert rank_memory(Job(decoder(preset("gpt2")), 1024, Layout(), 1, 1), H100).assumptions == ()
+    told = rank_memory(Job(decoder(preset("mixtral-8x7b")), 1024, Layout(8, ep=8), 1, 1), H100).assumptions
+    assert told == ("each expert gets as many tokens as the others",)
+
+
+def test_arrays_of_32_bits_hold_what_64_hold():
+    layout, micro, batches = many()
+    fields = ("dp", "tp", "pp", "cp", "ep", "zero_stage", "sequence_parallel", "virtual_stages")
+    small = replace(layout, **{f: getattr(layout, f).astype(np.int32) for f in fields})
+    job = Job(decoder(preset("llama3-8b")), 2**17, layout, micro, batches, attention="naive")  # scores of 2**34
+    narrow = replace(job, layout=small, micro_batch=micro.astype(np.int32), micro_batches=batches.astype(np.int32))
+    assert np.array_equal(rank_memory(narrow, H100).device_bytes, rank_memory(job, H100).device_bytes)
+
+
 def test_what_is_unknown_is_told():
     job = Job(decoder(preset("gpt2")), 1024, Layout(), 1, 1)
     with pytest.raises(BadInput, match="no rank 'middle'"):

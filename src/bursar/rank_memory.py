@@ -118,6 +118,7 @@ class _Case(NamedTuple):
     habits: Framework
     own: Mapping[str, Any]  # what memory.toml says of the framework
     e: int  # bytes of an activation's element
+    closed: bool  # plain torch on decoders that `rules.transformer` writes down
     engine: bool  # Transformer Engine runs the blocks
     local: bool  # Megatron's own layers do
     naive: bool  # scores are stored
@@ -137,6 +138,7 @@ def _case(job: Job, cluster: Cluster) -> _Case:
         habits,
         known.get(habits.name, known["plain"]),
         4 if job.precision == "fp32" else 2,
+        habits.name == "plain" and _is_closed(job),
         of_megatron and impl != "local",
         impl == "local",
         job.attention == "naive" or impl == "local",
@@ -145,6 +147,16 @@ def _case(job: Job, cluster: Cluster) -> _Case:
         of_megatron and job.precision in ("fp8", "mxfp8", "nvfp4") and job.fp8_everywhere,
         cluster.accelerator.name.startswith(_HOPPER),
     )
+
+
+def _is_closed(job: Job) -> bool:
+    """Whether the closed form of one device covers the job: no split, no experts, no latent attention, no BERT."""
+    lay, model = job.layout, job.model
+    whole = all(np.all(np.asarray(n) == 1) for n in (lay.tp, lay.pp, lay.cp))
+    if not whole or model.n_experts or model.latent is not None or not model.causal or model.n_encoder_layers:
+        return False
+    kernel = job.precision == "fp32" or (model.head_dim % 8 == 0 and model.head_dim <= 256)
+    return kernel and job.recompute in ("none", "full") and job.attention != "naive"
 
 
 def padded_vocabulary(job: Job) -> Any:
@@ -310,7 +322,7 @@ def _ends(job: Job, stage: int) -> Ends:
 def _activations(job: Job, case: _Case, tokens: Count, moe: bool = False) -> tuple[Any, Any, Any]:
     """`Block.saved`, ``input`` and ``working`` of a block over ``tokens`` tokens of a sequence."""
     model, lay, e = job.model, job.layout, case.e
-    if case.habits.name == "plain":
+    if case.closed:
         return _plain_block(job, tokens)
     T = job.micro_batch * tokens / lay.cp
     x = T * model.d_model / _sequence(job) * e
@@ -564,7 +576,7 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     activations = activations + np.where(with_loss, 2 * x, 0)  # the last norm's input and output
     if case.habits.name == "megatron-deepspeed":  # runtime/pipe/engine.py keeps a stage's outputs until their backward
         activations = activations + np.where(with_loss, 0, _first_chunk(job) * x)
-    if case.habits.name == "plain":
+    if case.closed:
         made = _closed_form(job, job.seq_len)
         activations = layers + made.embedding.saved_bytes + made.head.saved_bytes
     working: Any = 0
@@ -575,7 +587,7 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     queries = int(job.flags.get("decoder_seq_len") or job.seq_len) if model.n_encoder_layers else job.seq_len
     rows = job.micro_batch * queries / lay.cp
     logit = case.own["logit_bytes"] + (2 if fp32 and case.own["logit_bytes"] == 6 else 0)
-    if case.habits.name == "plain":
+    if case.closed:
         # the log-softmax is among what backward keeps; its gradient and the logits' come on top
         logit = {"fp32": 8, "bf16": 4}.get(job.precision, 10)
     logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0)
@@ -633,7 +645,21 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     reserved = np.maximum(most, total * (1 + constants()["allocator"]["least_reserve"]))
     outside = constants()["context"]
     device = reserved + outside["cuda_bytes"] + outside["driver_bytes"] + outside["nccl_bytes"] * _groups(job)
-    return RankMemory(total, _plain(steady), _plain(reserved), _plain(device), parts)
+    return RankMemory(total, _plain(steady), _plain(reserved), _plain(device), parts, _assumptions(job))
+
+
+def _assumptions(job: Job) -> tuple[str, ...]:
+    """What the figures take for granted of this job."""
+    made = []
+    if job.model.n_experts:
+        made.append("each expert gets as many tokens as the others")
+    if "mamba_hybrid" in job.flags:
+        made.append("state-space layers are counted as attention and feed-forward")
+    if "finetune_lora" in job.flags:
+        made.append("adapters take no memory")
+    if job.model.n_encoder_layers and np.any(np.asarray(job.layout.pp) > 1):
+        made.append("encoder and decoder layers are spread evenly over the stages")
+    return tuple(made)
 
 
 def _element_bytes(job: Job, case: _Case) -> tuple[float, float]:

@@ -248,13 +248,14 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
 
 
 def _habits(cell: _Cells) -> Framework:
-    """The framework's row; for one that has none, the habits of its kind: sharded like FSDP, or like Megatron."""
+    """The framework's row; for one that has none, the habits of its kind: sharded like FSDP, split like Megatron."""
     name = cell.text("framework")
     try:
         return framework(name)
     except UnknownName:
         sharded = cell.text("zero_stage") == "3" or cell.count("fsdp", 1) > 1
-        like = framework("fsdp" if sharded else "megatron")
+        split = cell.count("tp", 1) * cell.count("pp", 1) > 1 or bool(cell.text("n_experts"))
+        like = framework("fsdp" if sharded else "megatron" if split or not name else "plain")
         cell.assumed.append(f"what {name or 'an unnamed framework'} does by default is taken from {like.title}")
         return like
 
