@@ -1,6 +1,6 @@
-"""docs/lecture.md is what the notes' claims give when executed; docs/course.md prints what it says.
+"""docs/lecture.md is what the notes' claims give when executed; every other page with examples prints what it says.
 
-``python tests/test_pages.py`` (``make docs``) writes both anew: the first in whole, of the second the outputs.
+``python tests/test_pages.py`` (``make docs``) writes them anew: the first in whole, of the others the outputs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from bursar import rules
 from bursar.report.lecture import markdown
 from claims import executed, one_thread
-from test_readme import LANGUAGES, blocks, check, examples, rewrite, run
+from test_readme import FENCE, LANGUAGES, blocks, check, examples, rewrite, run
 
 DOCS = Path(__file__).parent.parent / "docs"
 LECTURE, COURSE = DOCS / "lecture.md", DOCS / "course.md"
+SHOWN = LANGUAGES | {"toml", "yaml"}  # of these none but console and python are run
 
 STEP = "bursar step gpt2:L=2 --batch-size 1"
 MATMUL = "bursar op 'matmul 16384x32768x8192' --on h100-sxm"
@@ -113,7 +115,7 @@ def shown(command: str, pattern: str) -> str:
         return f"{pattern}: {line.computed}"
     found = [line for line in run("console", command) if re.search(pattern, line)]
     assert found, f"{command} prints no line like {pattern}"
-    return " ".join(found[0].split())
+    return " ".join(found[0].replace("″", "").split())  # ″: the source is the line's above
 
 
 def row(name: str, command: str, pattern: str) -> str:
@@ -132,8 +134,17 @@ def _one_thread():
         yield
 
 
-def course_examples() -> list[object]:
-    return [pytest.param(x, id=str(x.line)) for x in examples(blocks(COURSE.read_text(encoding="utf-8")))]
+def pages() -> list[Path]:
+    """Every page of docs/ but the one that is made in whole."""
+    return [path for path in sorted(DOCS.rglob("*.md")) if path != LECTURE]
+
+
+def page_examples() -> list[object]:
+    return [
+        pytest.param(x, id=f"{path.relative_to(DOCS)}:{x.line}")
+        for path in pages()
+        for x in examples(blocks(path.read_text(encoding="utf-8")))
+    ]
 
 
 # ---- docs/lecture.md
@@ -168,19 +179,38 @@ def test_markup_in_a_claim_is_escaped():
     assert "a=-3\\*std, b=3\\*std" in markdown([bounds])
 
 
-# ---- docs/course.md
+# ---- the other pages
 
 
-@pytest.mark.parametrize("example", course_examples())
-def test_an_answer_prints_what_it_says(example):
+@pytest.mark.parametrize("example", page_examples())
+def test_an_example_prints_what_it_says(example, monkeypatch):
+    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))  # a rule that an example registers is the example's
     check(example, run(example.kind, example.code))
 
 
-def test_every_block_of_the_course_page_is_checked():
-    text = COURSE.read_text(encoding="utf-8")
-    assert {b.language for b in blocks(text)} <= LANGUAGES
-    assert text.count("```") == 2 * len(blocks(text))
-    assert all(x.values[0].expected for x in course_examples())
+@pytest.mark.parametrize("path", pages(), ids=lambda p: p.relative_to(DOCS).as_posix())
+def test_every_block_of_a_page_is_of_a_language_that_is_checked(path: Path):
+    text = path.read_text(encoding="utf-8")
+    unnamed = text.count("\n```\n") - len(blocks(text))  # drawings: a fence without a language is closed by another
+    assert {b.language for b in blocks(text)} <= SHOWN
+    assert unnamed == 2 * len(re.findall(r"^```\n.*?^```$", FENCE.sub("", text), re.MULTILINE | re.DOTALL))
+
+
+def test_every_example_says_what_it_prints():
+    assert all(x.values[0].expected for x in page_examples())
+
+
+CHAPTERS = "index flops gradients initialisation optimizers time clusters".split()
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_shows_bursars_own_output_and_names_its_sources(chapter: str):
+    text = (DOCS / f"{chapter}.md").read_text(encoding="utf-8")
+    assert sum(x.kind == "console" for x in examples(blocks(text))) >= 1
+    assert chapter == "index" or "## Sources" in text
+
+
+# ---- docs/course.md
 
 
 @pytest.mark.parametrize(
@@ -195,4 +225,5 @@ def test_the_course_s_known_answers_are_printed(answer: str):
 
 if __name__ == "__main__":
     LECTURE.write_text(page(), encoding="utf-8")
-    COURSE.write_text(rewrite(COURSE.read_text(encoding="utf-8")), encoding="utf-8")
+    for shown_page in pages():
+        shown_page.write_text(rewrite(shown_page.read_text(encoding="utf-8")), encoding="utf-8")

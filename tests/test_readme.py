@@ -73,7 +73,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def examples(found: list[Block]) -> Iterator[Example]:
-    for block, following in zip(found, [*found[1:], None], strict=True):
+    for block, following in zip(found, [*found, None][1:], strict=True):
         if block.language == "python" and not block.name:
             shown = following if following is not None and following.language == "text" else None
             yield Example("python", block.text, trimmed(shown.text if shown else ""), block.line,
@@ -106,14 +106,23 @@ def check(example: Example, printed: tuple[str, ...]) -> None:
 
 @functools.cache
 def folder() -> str:
-    """A folder with the files that the READMEs show."""
+    """A folder with the files that the READMEs and the pages of docs/ show."""
     made = os.path.realpath(tempfile.mkdtemp(prefix="bursar-readme-"))
-    for block in blocks(READMES[0].read_text(encoding="utf-8")):
-        if block.name:
-            path = Path(made, block.name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block.text, encoding="utf-8")
+    for name, text in files_shown().items():
+        path = Path(made, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     return made
+
+
+def files_shown() -> dict[str, str]:
+    """Each file that a page shows, by its name; raises ValueError where two pages show different files of one name."""
+    found: dict[str, str] = {}
+    for page in (READMES[0], *sorted((ROOT / "docs").rglob("*.md"))):
+        for block in blocks(page.read_text(encoding="utf-8")):
+            if block.name and found.setdefault(block.name, block.text) != block.text:
+                raise ValueError(f"{page.name}: another {block.name} stands on an earlier page")
+    return found
 
 
 @functools.cache

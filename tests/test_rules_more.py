@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from bursar import rules
 from bursar.errors import DataDependent, TraceFailed
 from bursar.rules import Op, Tensor, linalg
 from bursar.trace import tracing
-from test_readme import blocks, check, examples, run
 
 ways = pytest.mark.parametrize("on", [None, "cpu"])
 
@@ -490,15 +488,3 @@ def test_a_rule_for_what_is_no_ops_name_is_an_error():
 def test_a_custom_op_without_a_fake_kernel_is_named_with_its_remedy(on):
     with pytest.raises(TraceFailed, match=r"bursar_tests::shapeless.*torch\.library\.register_fake"):
         traced(lambda dev: shapeless(torch.randn(3, device=dev)), on)
-
-
-# ---- docs/counting.md
-
-
-COUNTING = Path(__file__).parent.parent / "docs" / "counting.md"
-
-
-def test_the_example_of_the_law_of_counting_prints_what_it_says(monkeypatch):
-    monkeypatch.setattr(rules, "RULES", dict(rules.RULES))
-    (example,) = examples(blocks(COUNTING.read_text(encoding="utf-8")))
-    check(example, run(example.kind, example.code))

@@ -111,7 +111,8 @@ def test_the_json_has_every_field_of_the_contract(capsys):
     assert found["hardware"] == {"name": "h100-sxm", "count": 1}
     assert found["fits"] is True
     assert set(found["flops"]["by_kind"]) == set(KINDS)
-    assert set(found["memory"]) == {"peak_bytes", "reserved_bytes", "saved_activation_bytes", "at_peak",
+    assert set(found["memory"]) == {"peak_bytes", "allocated_bytes", "reserved_bytes", "workspaces",
+                                    "saved_activation_bytes", "at_peak",
                                     "between_steps", "textbook"}  # fmt: skip
     assert set(found["versions"]) == {"bursar", "torch"}
 

@@ -1,7 +1,7 @@
 """bursar: the accountant of deep-learning training.
 
 ``bursar.step(model, batch)`` and ``with bursar.tracing() as t:`` write the ledger of a training step without a GPU;
-``bursar.run(...)`` solves a whole run. Importing bursar does not import torch.
+``bursar.solve(...)`` solves a whole run. Importing bursar does not import torch.
 """
 
 from __future__ import annotations

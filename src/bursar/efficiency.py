@@ -89,14 +89,39 @@ def _ceiling(device: Accelerator, dtype: str) -> float:
         measured = device.measured_matmul_flops_per_s.get("bf16")  # the same units at the same rate
     k_loop = coefficient("matmul_k_loop")
     best = 1 + k_loop / 5120  # the best shapes have K of some thousands
+    if dtype == "fp32":
+        power = 1.0 if device.measured_matmul_flops_per_s else min(clock_share(device), 1.0)
+        return device.peak("fp32") * coefficient("matmul_ceiling_vector") * power
+    best *= sustained(device)
     if measured is not None:
         return measured * best
-    if dtype == "fp32":
-        return device.peak("fp32") * coefficient("matmul_ceiling_vector")
     known = device.measured_matmul_flops_per_s.get("fp8") or device.measured_matmul_flops_per_s.get("bf16")
     like = "fp8" if "fp8" in device.measured_matmul_flops_per_s else "bf16"
     share = known / device.peak(like) if known else coefficient(f"matmul_ceiling_{_maker(device)}")
     return device.peak(dtype) * share * best
+
+
+# Watts per dense 16-bit TFLOP/s of the parts whose long runs the shares were taken from: A100, H100, GB200 (SXM).
+_REFERENCE_WATTS = {"ampere": 400 / 312, "hopper": 700 / 989.4, "blackwell": 1200 / 2500}
+
+
+def sustained(device: Accelerator) -> float:
+    """What a long run keeps of the best product of its generation, at most 1.
+
+    The best product of a device that someone measured was measured at its own power limit.
+    """
+    share = coefficient(f"matmul_sustained_{generation(device)}")
+    return share if device.measured_matmul_flops_per_s else min(share * clock_share(device), 1.0)
+
+
+def clock_share(device: Accelerator) -> float:
+    """The clock that the power limit allows, over that of the generation's best known part."""
+    if not device.tdp_watts or _maker(device) != "nvidia":
+        return 1.0
+    watts = device.tdp_watts / (device.peak(product_dtype(device, "bf16")) / 1e12)
+    static = coefficient("power_static")
+    dynamic = max(watts / _REFERENCE_WATTS[generation(device)] - static, 0.05) / (1 - static)
+    return float(dynamic ** coefficient("power_exponent"))
 
 
 def _maker(device: Accelerator) -> str:
@@ -115,7 +140,9 @@ def product_dtype(device: Accelerator, precision: str) -> str:
 def rates(device: Accelerator, attention: str = "fused") -> Rates:
     """What ``device`` reaches, with ``attention`` flash1, flash2 or fused (the newest kernel of its generation)."""
     born = generation(device)
-    if attention == "flash1":
+    if attention == "flash1" and born != "ampere":
+        forward, backward = coefficient("flash1_forward_hopper"), coefficient("flash1_backward_hopper")
+    elif attention == "flash1":
         forward, backward = coefficient("flash1_forward"), coefficient("flash1_backward")
     elif born == "ampere":
         forward, backward = coefficient("flash2_forward_ampere"), coefficient("flash2_backward_ampere")
@@ -123,7 +150,7 @@ def rates(device: Accelerator, attention: str = "fused") -> Rates:
         forward, backward = coefficient("flash2_forward_hopper"), coefficient("flash2_backward_hopper")
     else:
         forward, backward = coefficient(f"fused_forward_{born}"), coefficient(f"fused_backward_{born}")
-    half = device.peak(product_dtype(device, "bf16"))
+    half = device.peak(product_dtype(device, "bf16")) * min(clock_share(device), 1.0)
     dtypes = {
         d: _ceiling(device, d) for d in device.peak_flops_per_s if d in ("fp32", "tf32", "fp16", "bf16", "fp8", "fp4")
     }
@@ -147,9 +174,16 @@ def _tiles() -> tuple[tuple[int, int, float], ...]:
 
 
 def matmul_seconds(
-    rates: Rates, dtype: str, M: Count, N: Count, K: Count, groups: Count = 1, out_bytes: float = 2.0
+    rates: Rates,
+    dtype: str,
+    M: Count,
+    N: Count,
+    K: Count,
+    groups: Count = 1,
+    out_bytes: float = 2.0,
+    several: bool = False,
 ) -> Seconds:
-    """Seconds of ``groups`` products (M, K) @ (K, N), one kernel: the quickest of the library's tiles.
+    """Seconds of ``groups`` products (M, K) @ (K, N), one kernel or ``several``: the quickest of the library's tiles.
 
     Tiles run in waves over the device's units; where they do not fill one wave, K is split. ``out_bytes`` are those
     moved per element of the result (8 to add into an fp32 one). Never less than the bytes take.
@@ -157,6 +191,10 @@ def matmul_seconds(
     k_loop = coefficient("matmul_k_loop")
     ceiling = rates.ceilings[dtype]
     in_bytes = {"fp32": 4, "tf32": 4, "fp8": 1, "fp4": 0.5}.get(dtype, 2)
+    # a library runs a group's products on so many streams at once
+    batches = np.ceil(groups / coefficient("matmul_streams")) if several else 1
+    moved = groups * ((M * K + K * N) * in_bytes + M * N * out_bytes)
+    groups = groups / batches
     best: Any = np.inf
     for tm, tn, relative in _tiles():
         tiles = groups * np.ceil(M / tm) * np.ceil(N / tn)
@@ -164,8 +202,7 @@ def matmul_seconds(
         for split in (1, 2, 4, 8):
             waves = np.ceil(tiles * split / rates.units)
             best = np.minimum(best, waves * tile_seconds * (K / split + k_loop * (1 if split == 1 else 2)))
-    moved = groups * ((M * K + K * N) * in_bytes + M * N * out_bytes)
-    return np.maximum(best, moved / rates.bytes_per_s) + rates.gap_seconds
+    return np.maximum(best * batches, moved / rates.bytes_per_s) + rates.gap_seconds
 
 
 def attention_seconds(rates: Rates, flops: Count, S: Count, head: float, backward: bool = False) -> Seconds:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bursar import memory
 from bursar.errors import BadInput
 from bursar.memory import Memory, Storage, Textbook
 from bursar.rules import KINDS, MODEL_KINDS, Work, three_lines
+from bursar.units import format_bytes, format_flops
 
 if TYPE_CHECKING:
     import polars
@@ -41,6 +43,26 @@ class Row(NamedTuple):
     work: Work
     allocated_bytes: int
     reads_weight: bool = False  # whether an operand of a product is a parameter or its cast copy
+
+
+class Operand(NamedTuple):
+    """A tensor in a `Call`. ``storage`` is its storage's place in the ledger, -1 where that is not on the device."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str  # torch's name: float32
+    storage: int
+
+
+class Call(NamedTuple):
+    """How a row's op was called: enough to call it again. Written where the ops are this machine's own."""
+
+    op: str  # with its overload: aten.add.Tensor
+    args: tuple[Any, ...]  # each tensor as an `Operand`
+    kwargs: tuple[tuple[str, Any], ...]
+    outputs: tuple[Operand, ...]
+    site: int  # the number of the call in Python that it came from: one may run many ops
+    views: int  # views made since the row before
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +132,7 @@ class Step:
     micro_batches: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     """One training step, written down."""
 
@@ -127,9 +149,14 @@ class Ledger:
     versions: Mapping[str, str] = field(default_factory=dict)
     partial: bool = False
     replicas: int = 1  # data-parallel ranks doing the same; the rows are one rank's, `flops` the whole job's
+    calls: tuple[Call, ...] = ()  # of the recorded rows, in their order; none where the ops are another machine's
 
     def __len__(self) -> int:
         return len(self.rows) - self.first_row
+
+    def __repr__(self) -> str:  # the rows themselves are megabytes
+        peak, flops = format_bytes(self.memory.peak_bytes), format_flops(self.flops.model)
+        return f"<Ledger {self.model.name or 'of a step'}: {len(self)} ops, {flops}, peak {peak}>"
 
     @property
     def recorded(self) -> list[Row]:
@@ -255,10 +282,15 @@ class Ledger:
         )
 
     def on(self, name: str) -> Forecast:
-        """This step priced on an accelerator or cluster of the catalogue (``"h100-sxm"``, ``"8xh100-sxm"``).
+        """This step priced on an accelerator or cluster of the catalogue (``"h100-sxm"``, ``"8xh100-sxm"``), or on this
+        machine (``"local"``) as `bursar bench` measured it; then it must have been traced with ``on="local"``.
 
-        Raises UnknownName naming the nearest known.
+        Raises UnknownName naming the nearest known, NotCalibrated for a machine that was not measured.
         """
+        if name == "local":
+            from bursar import machine, pricing
+
+            return pricing.local(self, machine.current()).forecast
         from bursar.hardware import cluster
         from bursar.roofline import forecast
 
@@ -269,6 +301,23 @@ class Ledger:
         from bursar.reconcile import reconcile
 
         return reconcile(self, measured, forecast_seconds)
+
+    def export(self, path: str | Path, on: str | None = None, form: str | None = None) -> None:
+        """Write this step to a file: an HTML report, CSV, Parquet, Markdown, a plot, a trace or a memory snapshot.
+
+        ``form`` is a name of `bursar.report.export.FORMS`; without it the suffix says which. ``on`` prices it first, as
+        `on` does. Raises BadInput for a form that is not known and a path that cannot be written.
+        """
+        from bursar.report import export
+
+        path = Path(path)
+        export.write(form or export.form_of(path), self, self.on(on) if on is not None else None, path)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from bursar.report.html import notebook
+
+        return notebook.ledger(self)
 
 
 class Part(NamedTuple):

@@ -124,10 +124,30 @@ class Memory:
         return found
 
     @cached_property
+    def held(self) -> allocator.Held:
+        """What CUDA's caching allocator would hand out and hold for this step: see `bursar.allocator`."""
+        return self.replayed()
+
+    def replayed(self, *, expandable_segments: bool = False) -> allocator.Held:
+        """The same with the allocator's option ``expandable_segments``, say."""
+        import numpy as np
+
+        base = np.array(self.base_storages, np.int64).reshape(-1, 2)
+        return allocator.replay(
+            np.concatenate([base[:, 0], self.event_storages]),
+            np.concatenate([base[:, 1], self.event_deltas]),
+            expandable_segments=expandable_segments,
+        )
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The peak after the allocator's rounding."""
+        return self.held.allocated_bytes
+
+    @property
     def reserved_bytes(self) -> int:
-        """What CUDA's caching allocator would hold for this step: see `bursar.allocator`."""
-        step = zip(self.event_storages.tolist(), self.event_deltas.tolist(), strict=True)
-        return allocator.reserved_bytes([*self.base_storages, *step])
+        """The bytes of the allocator's segments."""
+        return self.held.reserved_bytes
 
     @cached_property
     def after_forward(self) -> Mapping[str, int]:

@@ -124,15 +124,24 @@ def unfolded(found: Iterable[Share]) -> Iterator[Share]:
 
 def _at_peak(ledger: Ledger) -> dict[str, int]:
     """The bytes at the peak by module; DDP's buckets, which are all modules' gradients, under the empty name."""
+    found: dict[str, int] = {}
+    for (_, path), n_bytes in owners_at_peak(ledger).items():
+        found[path] = found.get(path, 0) + n_bytes
+    return found
+
+
+def owners_at_peak(ledger: Ledger) -> dict[tuple[str, str], int]:
+    """The bytes at the peak by (class, module): the module whose they are, else the one that made them."""
     memory = ledger.memory
     live = memory.event_deltas.cumsum()
     upto = int(live.argmax()) + 1 if len(live) and live.max() > 0 else 0
-    found: dict[str, int] = {}
+    found: dict[tuple[str, str], int] = {}
     step = zip(memory.event_storages[:upto].tolist(), memory.event_deltas[:upto].tolist(), strict=True)
     for index, n_bytes in (*memory.base_storages, *step):
-        path = "" if index < 0 else _owner(ledger.storages[index])
-        found[path] = found.get(path, 0) + n_bytes
-    return {path: n_bytes for path, n_bytes in found.items() if n_bytes}
+        storage = None if index < 0 else ledger.storages[index]
+        key = ("gradients", "") if storage is None else (storage.memory_class or "temporary", _owner(storage))
+        found[key] = found.get(key, 0) + n_bytes
+    return {key: n_bytes for key, n_bytes in found.items() if n_bytes}
 
 
 def _owner(storage: Storage) -> str:

@@ -134,13 +134,13 @@ def wires(cluster: Cluster) -> Wires:
 
 def inside(links: Wires, ranks: Any, stride: Any) -> Any:
     """How many of a group's ``ranks``, ``stride`` devices apart, share one domain: at least one."""
-    return np.clip(links.domain // np.maximum(stride, 1), 1, ranks)
+    return np.minimum(np.maximum(links.domain // np.maximum(stride, 1), 1), ranks)
 
 
 def collective_seconds(links: Wires, op: str, n_bytes: Any, ranks: Any, stride: Any = 1) -> Any:
     """Seconds of one ``op`` on S bytes over ``ranks`` devices that stand ``stride`` apart; 0 for a group of one.
 
-    ``op`` is all_reduce, all_gather, reduce_scatter (S the whole, as gathered), or all_to_all (S what one rank holds).
+    ``op`` is all_reduce, all_gather or reduce_scatter; S is the whole, as gathered.
     A ring's slowest link is the domain's, or the group's share of a node's network: of the node's devices, those of the
     group send for it, and the others' groups are busy at the same time. Between nodes an all-reduce is a ring or a
     tree, whichever is quicker; the others are rings.
@@ -150,18 +150,17 @@ def collective_seconds(links: Wires, op: str, n_bytes: Any, ranks: Any, stride: 
     far = nodes > 1
     hop, fixed, each = (coefficient(c) for c in ("node_latency_seconds", "scaleup_latency_seconds",
                                                  "scaleup_latency_per_rank_seconds"))  # fmt: skip
-    if op == "all_to_all":
-        out = n_bytes * (ranks - near) / ranks / links.between_bytes_per_s
-        local = n_bytes * (near - 1) / ranks / links.inside_bytes_per_s
-        return np.where(ranks > 1, np.maximum(out, local) + fixed / 2 + hop * far, 0.0)
     passes = 2 if op == "all_reduce" else 1
     rate = np.where(
         far, np.minimum(links.inside_bytes_per_s, links.between_bytes_per_s * near), links.inside_bytes_per_s
     )
-    local = (fixed + each * near) * passes / 2
-    steps = np.minimum(2 * nodes, 2 * np.ceil(np.log2(np.maximum(nodes, 1)))) if passes == 2 else nodes
+    # a ring of all ranks takes a step per rank and pass, a tree one per level and pass between nodes
+    within = (fixed + each * near) * passes / 2
+    ring = (fixed + each * (ranks - nodes)) * passes / 2 + hop * nodes * passes
+    tree = within + hop * 2 * np.ceil(np.log2(np.maximum(nodes, 1)))
+    waits = np.where(far, np.minimum(ring, tree) if passes == 2 else ring, within)
     volume = passes * n_bytes * (ranks - 1) / ranks
-    return np.where(ranks > 1, volume / rate + local + hop * far * steps, 0.0)
+    return np.where(ranks > 1, volume / rate + waits, 0.0)
 
 
 def send_seconds(links: Wires, n_bytes: Any, stride: Any) -> Any:
@@ -171,3 +170,19 @@ def send_seconds(links: Wires, n_bytes: Any, stride: Any) -> Any:
     return n_bytes / rate + np.where(
         near, coefficient("scaleup_latency_seconds") / 2, coefficient("node_latency_seconds")
     )
+
+
+def dispatch_seconds(links: Wires, n_bytes: Any, ranks: Any, copies: int, once: bool = True) -> Any:
+    """Seconds to send a rank's tokens, ``n_bytes``, to ``copies`` experts each, spread evenly over ``ranks`` devices.
+
+    With ``once`` a token crosses the network once per domain that wants it, and is handed on inside (DeepSeek-AI 2024,
+    3.2.2): of d domains, copies drawn at random hit d(1 - (1 - 1/d)^copies).
+    """
+    near = inside(links, ranks, 1)
+    domains = np.ceil(ranks / near)
+    hit = domains * (1 - (1 - 1 / domains) ** copies) if once else copies
+    out = n_bytes * hit * (domains - 1) / domains / links.between_bytes_per_s
+    slower = coefficient("exchange_fraction") / coefficient("scaleup_fraction")
+    local = n_bytes * copies * (near - 1) / near / (links.inside_bytes_per_s * slower)
+    fixed = coefficient("scaleup_latency_seconds") / 2 + np.where(domains > 1, coefficient("node_latency_seconds"), 0.0)
+    return np.where(ranks > 1, np.maximum(out, local) + fixed, 0.0)

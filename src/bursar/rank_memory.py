@@ -27,7 +27,7 @@ from bursar.jobs import Count, Decoder, Job, Layout
 from bursar.rules import transformer
 
 RANKS = ("worst", "first", "last")
-MEGATRON = ("megatron", "megatron-deepspeed", "megatron-bridge", "nemo")
+MEGATRON = ("megatron", "megatron-deepspeed", "megatron-bridge", "nemo", "megascale")
 _HOPPER = ("h100", "h200", "h800", "b200", "b300", "gb200", "gb300", "gh200")  # compute capability 9 and later
 STATE_BYTES: dict[str, tuple[float, float]] = {
     # of one element, without the fp32 master copy: of a matrix, and of the rest (vectors, tables, the head)
@@ -132,7 +132,7 @@ def _case(job: Job, cluster: Cluster) -> _Case:
     habits = framework(job.framework)
     model, known = job.model, constants()["framework"]
     impl = job.flags.get("impl", "")
-    of_megatron = habits.name in ("megatron", "megatron-bridge", "nemo")
+    of_megatron = habits.name in MEGATRON and habits.name != "megatron-deepspeed"
     learned = bool(model.learned_positions) or model.norm == "layernorm"
     return _Case(
         habits,
@@ -555,14 +555,23 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     fp32 = job.precision == "fp32"
     parameter, gradient = _element_bytes(job, case)
     matrix_state, other_state = state_bytes(job)
+    trained = float(job.flags.get("trainable") or 1)  # share of the parameters; the rest is frozen, in 16 bit
+    if "finetune_lora" in job.flags:  # the adapters are small beside what they adapt
+        trained = 0.0
+    if trained < 1:
+        parameter, gradient = 2 + (parameter - 2) * trained, gradient * trained
+        matrix_state, other_state = matrix_state * trained, other_state * trained
+    if "bf16_states" in job.flags:
+        parameter, gradient, other_state = 2.0, 2.0, other_state / 2
+        matrix_state = matrix_state if "8bit" in job.optimizer else matrix_state / 2
+    if "offload_states" in job.flags:  # and their update with them
+        matrix_state = other_state = trained = 0.0
     if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
         matrix_state, other_state = matrix_state + 4, other_state + 4  # the gradient of the master copy, kept
     parameters = held(3, parameter, parameter)
     gradients = held(2, gradient, gradient)
     states = held(1, matrix_state, other_state)
-    if "finetune_lora" in job.flags:  # the adapters are small beside what they adapt, which is frozen
-        gradients, states = 0 * gradients, 0 * states
-    elements = held(1, 1, 1) * ("finetune_lora" not in job.flags)
+    elements = held(1, trained, trained)
     # ---- activations
     T = job.micro_batch * job.seq_len / lay.cp
     x = T * model.d_model / _sequence(job) * e
@@ -590,7 +599,8 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     if case.closed:
         # the log-softmax is among what backward keeps; its gradient and the logits' come on top
         logit = {"fp32": 8, "bf16": 4}.get(job.precision, 10)
-    logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0)
+    logit = min(logit, float(job.flags.get("logit_bytes") or logit))  # a loss that is not the framework's
+    logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0) / float(job.flags.get("loss_chunks") or 1)
     # ---- buffers
     unit = 0.0 * ends.table + ends.table
     for _, b in kinds:

@@ -61,6 +61,12 @@ class Forecast:
         """Whether the peak fits one device."""
         return self.peak_bytes <= self.usable_bytes
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from bursar.report.html import notebook
+
+        return notebook.forecast(self)
+
 
 def op_seconds(row: Row, device: Accelerator) -> tuple[float, float]:
     """(compute, memory) seconds of one op at the device's dense peak and bandwidth: `work_seconds` of its row."""

@@ -1,4 +1,4 @@
-"""Seconds of one training step of a job on a cluster, and its FLOPs: kernels, collectives and waits, added up. No torch.
+"""Seconds of one training step of a job on a cluster, and its FLOPs: kernels, collectives, waits. No torch.
 
     layer       forward, backward and recompute of one block on one rank: products, attention, streams, collectives
     stage       its layers, and the embedding or the head where it is first or last
@@ -13,19 +13,25 @@ coefficients are those of `efficiency` and `network`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from bursar.efficiency import (
-    Rates, attention_seconds, coefficient, generation, matmul_seconds, product_dtype, rates, stream_seconds,
+    Rates,
+    attention_seconds,
+    coefficient,
+    matmul_seconds,
+    product_dtype,
+    rates,
+    stream_seconds,
 )  # fmt: skip
 from bursar.frameworks import Framework, framework
 from bursar.hardware import Cluster
 from bursar.jobs import Decoder, Job
-from bursar.network import Wires, collective_seconds, send_seconds, wires
+from bursar.network import Wires, collective_seconds, dispatch_seconds, send_seconds, wires
 from bursar.schedule import bubble_seconds, layers_of_stages
 
 Array = Any  # floats, one per layout, or one for all
@@ -205,8 +211,11 @@ class _Pass:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
         self.kernels = self.kernels + kernels
 
-    def product(self, dtype: str, M: Array, N: Array, K: Array, groups: Array = 1, out: float = 2.0) -> None:
-        self.add("compute", matmul_seconds(self.rates, dtype, M, N, K, groups, out), 1)
+    def product(
+        self, dtype: str, M: Array, N: Array, K: Array, groups: Array = 1, out: float = 2.0, launches: Array = 1
+    ) -> None:
+        several = np.ndim(launches) > 0 or launches > 1
+        self.add("compute", matmul_seconds(self.rates, dtype, M, N, K, groups, out, several), launches)
 
     def stream(self, n_bytes: Array, kernels: Array = 1) -> None:
         self.add("memory_bound", stream_seconds(self.rates, n_bytes, kernels), kernels)
@@ -288,13 +297,15 @@ def _new(x: _Context) -> _Passes:
 def _linear(x: _Context, p: _Passes, M: Array, K: Array, N: Array, groups: Array = 1, bias: bool = False) -> None:
     """(M, K) @ (K, N) and its two gradients. In 8 or 4 bits, operands are cast first: read once, written both ways."""
     out = float(x.e)
-    p.forward.product(x.dtype, M, N, K, groups, out)
-    p.backward.product(x.dtype, M, K, N, groups, out)
-    p.backward.product(x.dtype, K, N, M, groups, x.accumulate)
+    # a group of products is one library call after another: each costs the host a launch, not a module's ops
+    launches = 1 + (groups - 1) / coefficient("host_ops_per_kernel")
+    p.forward.product(x.dtype, M, N, K, groups, out, launches)
+    p.backward.product(x.dtype, M, K, N, groups, out, launches)
+    p.backward.product(x.dtype, K, N, M, groups, x.accumulate, launches)
     if x.dtype in ("fp8", "fp4"):
-        cast = coefficient("cast_bytes")
-        p.forward.stream(cast * groups * M * K, 0 if x.fused else 1)
-        p.backward.stream(cast * groups * M * N, 1)
+        cast = coefficient("cast_bytes_blocks" if x.job.precision in ("mxfp8", "nvfp4") else "cast_bytes")
+        p.forward.stream(cast * groups * M * K, launches)
+        p.backward.stream(cast * groups * M * N, launches)
     if bias:
         p.backward.stream(x.e * M * N)
     if not x.habits.fused_gradients and x.accumulate == out:
@@ -312,9 +323,12 @@ def _gradient_bytes(job: Job, habits: Framework) -> float:
 def _norm(x: _Context, p: _Passes) -> None:
     """One norm with the residual sum before it, and dropout where there is one."""
     D, n, e = x.model.d_model, x.n / x.shard, x.e
-    passes = 2 if x.fused or x.model.norm == "layernorm" else 6  # eager RMSNorm: cast, square, mean, scale, cast, weigh
-    p.forward.stream(passes * n * D * e, 1 if passes == 2 else 6)
-    p.backward.stream((passes + 3) * n * D * e, 2 if passes == 2 else 8)
+    if x.fused or x.model.norm == "layernorm":
+        p.forward.stream(2 * n * D * e)
+        p.backward.stream(5 * n * D * e, 2)
+    else:  # by single ops in fp32
+        p.forward.stream(coefficient("eager_rmsnorm_forward_bytes") * n * D, 6)
+        p.backward.stream(coefficient("eager_rmsnorm_backward_bytes") * n * D, 12)
     mask = n * D * x.habits.dropout
     if x.fused or not x.habits.dropout:
         p.forward.stream(3 * n * D * e + mask)
@@ -348,9 +362,9 @@ def _attention(x: _Context, p: _Passes, windowed: bool, *, causal: bool = True, 
             _linear(x, p, n, D, width / tp, bias=model.bias)
         p.backward.stream(2 * 3 * n * D * e, 2)
     if model.latent is None and not model.learned_positions and model.norm == "rmsnorm":  # rotary positions
-        turned = n * (Q + E) / tp * e
-        p.forward.stream(turned * (2 if x.fused else 8), 2 if x.fused else 10)
-        p.backward.stream(turned * (2 if x.fused else 8), 2 if x.fused else 10)
+        turned = n * (Q + E) / tp * (2 * e if x.fused else coefficient("eager_rotary_bytes"))
+        p.forward.stream(turned, 2 if x.fused else 10)
+        p.backward.stream(turned, 2 if x.fused else 10)
     _core(x, p, windowed, causal)
     _linear(x, p, n, model.value_width / tp, D, bias=model.bias)
     _tensor_parallel(x, p)
@@ -363,7 +377,9 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
     if x.job.attention == "naive":
         scores = x.b * model.n_heads / tp * S * S / x.cp
         groups, rows = x.b * model.n_heads / tp, S / x.cp
-        dtype = product_dtype(x.rates.device, "fp32" if e == 4 else "bf16")
+        # 16-bit products of heads that are no multiple of 8 miss the tensor cores, which load 16 bytes at a time
+        plain = e == 4 or (max(dqk % 8, dv % 8) and "fp32" in x.rates.ceilings)
+        dtype = product_dtype(x.rates.device, "fp32" if plain else "bf16")
         dropout = x.habits.dropout
         for passes in (p.forward,):
             passes.product(dtype, rows, S, dqk, groups, e)
@@ -385,16 +401,18 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
     done = 2 * (model.query_width + model.value_width) * kept * x.b / tp / x.cp
     seen = model.sliding_window if windowed and model.sliding_window else S / x.cp
     p.forward.add("attention", attention_seconds(x.rates, done, seen, dqk), 1)
-    p.backward.add("attention", attention_seconds(x.rates, 2 * done, seen, dqk, backward=True), 2)
+    # published rates count five products backward for the two forward: the scores are made again
+    p.backward.add("attention", attention_seconds(x.rates, 5 * done / 2, seen, dqk, backward=True), 2)
     # keys and values go round the ring while the kernel works on those that are here
     held = (model.n_kv_heads * model.head_dim * 2 if model.latent is None else model.query_width * 2) / tp * x.n * e
     ring = np.where(x.cp > 1, (x.cp - 1) * send_seconds(x.links, held, tp), 0.0)
-    p.forward.add("cp", np.maximum(ring - p.forward.seconds["attention"], 0.05 * ring))
-    p.backward.add("cp", np.maximum(2 * ring - p.backward.seconds["attention"], 0.05 * ring))
+    least = coefficient("cp_shown") * ring
+    p.forward.add("cp", np.maximum(ring - p.forward.seconds["attention"], least))
+    p.backward.add("cp", np.maximum(2 * ring - p.backward.seconds["attention"], 2 * least))
 
 
 def _tensor_parallel(x: _Context, p: _Passes) -> None:
-    """One block's collectives: the output is summed over tp; with sequence parallelism scattered, and gathered before."""
+    """One block's collectives: its output summed over tp, or scattered, and gathered before the next block."""
     whole = x.n * x.model.d_model * x.e
     all_reduce = collective_seconds(x.links, "all_reduce", whole, x.tp)
     gather = collective_seconds(x.links, "all_gather", whole, x.tp)
@@ -407,7 +425,7 @@ def _tensor_parallel(x: _Context, p: _Passes) -> None:
 
 
 def _tp_overlap(x: _Context) -> float:
-    return max(x.habits.tp_overlap, 0.5 if "async_tp" in x.job.flags else 0.0)
+    return max(x.habits.tp_overlap, coefficient("async_tp_hidden") if "async_tp" in x.job.flags else 0.0)
 
 
 def _mlp(x: _Context, p: _Passes, width: int) -> None:
@@ -441,16 +459,25 @@ def _mixture(x: _Context, p: _Passes) -> None:
     D, k, E, F = model.d_model, model.experts_per_token, model.n_experts, model.moe_d_ff
     _norm(x, p)
     own = n / np.where(x.sp > 0, x.tp, 1)  # with sequence parallelism a rank routes its own tokens
-    p.forward.product(x.wide, own, E, D)
-    p.backward.product(x.wide, own, D, E)
-    p.backward.product(x.wide, D, E, own)
+    full = "fp32" if "fp32" in x.rates.ceilings else x.wide
+    for one, M, N, K in ((p.forward, own, E, D), (p.backward, own, D, E), (p.backward, D, E, own)):
+        one.product(full, M, N, K, 1, 4.0)
     p.forward.stream(own * E * 4 * 4, 8)  # scores, top k, counts
     p.backward.stream(own * E * 4 * 4, 6)
     sent = own * k * D * e
-    p.forward.stream(2 * (own + own * k) * D * e + 2 * sent, 4)  # permuted, and put back with their weights
-    p.backward.stream(2 * (own + own * k) * D * e + 3 * sent, 5)
-    move = collective_seconds(x.links, "all_to_all", sent, x.ep)
-    shown = 0.2 if "ep_overlap" in x.job.flags else 1.0
+    # permuted for the ranks and again for the experts, and put back with their weights
+    dropping = "tokendrop" in x.job.flags
+    joined = x.job.flags.get("dispatcher") == "hybridep"
+    passes = coefficient(
+        "permute_passes_unfused" if dropping else "permute_passes_joined" if joined else "permute_passes"
+    )
+    p.forward.stream(2 * own * D * e + passes * sent, 4 + 8 * dropping)
+    p.backward.stream(2 * own * D * e + (passes + 1) * sent, 5 + 10 * dropping)
+    if dropping:  # each expert picks its tokens: a sort of the whole map
+        p.forward.stream(coefficient("sort_bytes") * own * E, 6)
+    # padding every expert to a capacity goes with the plain exchange, which sends every copy
+    move = dispatch_seconds(x.links, own * D * e, x.ep, k, not dropping)
+    shown = 1.0 - coefficient("ep_overlap_hidden") if "ep_overlap" in x.job.flags else 1.0
     p.forward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     p.backward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     inner = 2 if model.gated_mlp else 1
@@ -472,6 +499,9 @@ def _block(x: _Context, windowed: bool, moe: bool) -> _Passes:
     """One decoder layer, with what its checkpoint makes again."""
     p = _new(x)
     _attention(x, p, windowed, causal=x.model.causal)
+    if _graphed(x.job) == "but experts":
+        for one in (p.forward, p.backward):
+            one.kernels = one.kernels * (coefficient("host_seconds_graph") / _host_seconds(x.job, x.habits))
     if moe:
         _mixture(x, p)
     else:
@@ -499,6 +529,9 @@ def _block(x: _Context, windowed: bool, moe: bool) -> _Passes:
                 _linear(x, remade, x.n, D, model.d_ff / x.tp)
             streams = p.forward.seconds.get("memory_bound", 0.0)
             remade.forward.add("memory_bound", streams, p.forward.kernels / 2)
+            # what is scattered is kept, what is gathered is not
+            gather = collective_seconds(x.links, "all_gather", x.n * D * x.e, x.tp)
+            remade.forward.add("tp", np.where(x.sp > 0, 2 * gather, 0.0) * (1 - _tp_overlap(x)))
             return replace(p, again=remade.forward)
         names, model = job.recompute_modules, x.model
         if "core_attn" in names:
@@ -590,19 +623,29 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     priced = ("micro_batch", "tp", "cp", "sequence_parallel", "ep", "expert_tp")
     table = np.stack([columns[k] for k in priced], axis=1)
     few, where = _distinct(table)
+    b, tp, cp, sp, ep, expert_tp = few.T
+    width = 4.0 if job.precision == "fp32" else 2.0
+    accumulate = 2.0 * _gradient_bytes(job, habits) if habits.fused_gradients else width
     x = _Context(
         job, habits, speed, links,
         product_dtype(cluster.accelerator, job.precision),
         product_dtype(cluster.accelerator, "fp32" if job.precision == "fp32" else "bf16"),
-        *(few[:, i] for i in range(len(priced))),
-        accumulate=2.0 * _gradient_bytes(job, habits) if habits.fused_gradients else (4.0 if job.precision == "fp32" else 2.0),
+        b, tp, cp, sp, ep, expert_tp, accumulate,
     )  # fmt: skip
     model = job.model
     host = _host_seconds(job, habits)
     block = _mean_block(x)
-    layer = {k: _with_host(p, host) for k, p in (("F", block.forward), ("B", block.backward), ("R", block.again))}
-    first, last = (_Passes_total(p, host) for p in (_embedding(x), _head(x)))
-    spread = lambda parts: {k: np.broadcast_to(v, few.shape[:1])[where] for k, v in parts.items()}  # noqa: E731
+    saves = coefficient("host_checkpoint_seconds") if job.recompute == "full" else 0.0
+    layer = {
+        "F": _with_host(block.forward, host, saves, _waits(job)),
+        "B": _with_host(block.backward, host),
+        "R": _with_host(block.again, host, saves),
+    }
+    first, last = (_both(p, host) for p in (_embedding(x), _head(x)))
+
+    def spread(parts: Mapping[str, Array]) -> dict[str, Array]:
+        return {k: np.broadcast_to(v, few.shape[:1])[where] for k, v in parts.items()}
+
     F, B, R = (spread(layer[k]) for k in "FBR")
     first, last = spread(first), spread(last)
 
@@ -610,9 +653,10 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     pp, M, chunks = c["pp"], c["micro_batches"], c["virtual_stages"]
     extra = model.mtp_layers
     n_layers = model.n_layers + model.n_encoder_layers
-    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks)
+    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks, extra)
+    held = _held(job, c, most)
 
-    sharded = _sharded_parameters(job, habits, c, links, speed, F, B, R, most)
+    sharded = _sharded_parameters(job, habits, c, links, speed, held, _total(F), _total(B) + _total(R))
     per_layer = _sum(F, B, R)
     if sharded is not None:
         per_layer = _sum(per_layer, sharded["layer"])
@@ -633,18 +677,21 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     )
     sent = _hidden_bytes(job, c)
     send = np.where(pp > 1, 2 * chunks * send_seconds(links, sent, c["tp"] * c["cp"] * c["dp"]), 0.0)
-    send = send * np.where(chunks > 1, 1 - habits.overlap_parameters * 0.5, 1.0)
+    send = send * np.where(chunks > 1, 1 - habits.overlap_parameters * coefficient("interleaved_send_hidden"), 1.0)
     bubble = np.where(single, 0.0, bubble_seconds(lay.schedule, pp, chunks, slowest, whole + pp * send))
     parts = {k: M * v for k, v in busy.items()}
     parts["pp_send"] = M * send
     parts["bubble"] = np.maximum(bubble - send, 0.0)
-    done = _data_parallel(job, habits, c, links, speed, _total(B) * most + _total(R) * most)
+    done = _data_parallel(job, habits, c, links, speed, held, (_total(B) + _total(R)) * most)
     parts = _sum(parts, done)
-    parts = _sum(parts, _update(job, habits, c, speed))
+    parts = _sum(parts, _update(job, habits, c, speed, held))
     seconds = _total(parts)
     counted = flops(job)
     samples = np.broadcast_to(np.asarray(job.samples, dtype=float), shape)
-    out = lambda v: _shaped(v, shape)  # noqa: E731
+
+    def out(value: Array) -> Array:
+        return _shaped(value, shape)
+
     model_flops = samples * counted.model
     notes = ("the network's speed is assumed: one 400 Gb/s adapter per accelerator",) if links.assumed else ()
     peak = cluster.accelerator.peak(product_dtype(cluster.accelerator, job.precision))
@@ -654,7 +701,7 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
         {k: out(parts.get(k, 0.0) * np.ones(seconds.shape)) for k in PARTS},
         _plain(model_flops), _plain(samples * counted.hardware), _plain(samples * counted.full_square),
         _plain(model_flops / (np.asarray(total) * peak * np.asarray(lay.ranks))),
-        {k: out(v) for k, v in _traffic(job, habits, c).items()},
+        {k: out(v) for k, v in _traffic(job, habits, c, held).items()},
         notes,
     )  # fmt: skip
 
@@ -696,19 +743,40 @@ def _scale(parts: Mapping[str, Array], by: Array) -> dict[str, Array]:
     return {k: v * by for k, v in parts.items()}
 
 
-def _with_host(p: _Pass, host: float) -> dict[str, Array]:
-    """Seconds by part; what the host takes beyond the device is overhead."""
-    return {**p.seconds, "overhead": np.maximum(host * p.kernels - p.total, 0.0)}
+def _with_host(p: _Pass, host: float, fixed: float = 0.0, waits: bool = False) -> dict[str, Array]:
+    """Seconds by part; what the host takes beyond the device is overhead, all of it where the host ``waits``."""
+    needs = host * p.kernels + fixed
+    return {**p.seconds, "overhead": needs if waits else np.maximum(needs - p.total, 0.0)}
 
 
-def _Passes_total(p: _Passes, host: float) -> dict[str, Array]:
+def _both(p: _Passes, host: float) -> dict[str, Array]:
     return _sum(_with_host(p.forward, host), _with_host(p.backward, host))
 
 
+def _graphed(job: Job) -> str:
+    """What is replayed from CUDA graphs: nothing, all, or of a mixture's layers all but the experts.
+
+    How many tokens an expert gets is known on the device only: graphs of modules stop at the router.
+    """
+    graphs = job.flags.get("cuda_graph")
+    if not graphs:
+        return ""
+    return "all" if graphs == "full_iteration" or not job.model.n_experts else "but experts"
+
+
+def _waits(job: Job) -> bool:
+    """Whether the host waits for the router: without a capacity it must read how many tokens an expert gets."""
+    return (
+        bool(job.model.n_experts) and "tokendrop" not in job.flags and job.flags.get("cuda_graph") != "full_iteration"
+    )
+
+
 def _host_seconds(job: Job, habits: Framework) -> float:
-    if job.flags.get("cuda_graph"):
+    if _graphed(job) == "all":
         return coefficient("host_seconds_graph")
-    return coefficient("host_seconds_compiled" if job.compiled or habits.name == "llm.c" else "host_seconds_eager")
+    if job.compiled or habits.name == "llm.c":
+        return coefficient("host_seconds_compiled")
+    return coefficient("host_seconds_eager") * coefficient("host_ops_per_kernel")
 
 
 def _mean_block(x: _Context) -> _Passes:
@@ -737,51 +805,72 @@ def _hidden_bytes(job: Job, c: Mapping[str, Array]) -> Array:
     return c["micro_batch"] * job.seq_len / c["cp"] * job.model.d_model * e / c["tp"]
 
 
-def _rank_parameters(job: Job, c: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Parameters of the fullest rank: those replicated over dp·cp, and its experts'."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Parameters of the fullest rank, before ZeRO shards them."""
+
+    layers: Array  # its decoder layers
+    layer: Array  # of one layer: what is replicated over dp·cp
+    layer_experts: Array  # and its experts
+    ends: Array  # tables
+
+    @property
+    def dense(self) -> Array:
+        return self.layers * self.layer + self.ends
+
+    @property
+    def experts(self) -> Array:
+        return self.layers * self.layer_experts
+
+
+def _held(job: Job, c: Mapping[str, Array], most: Array) -> _Held:
     model, m = job.model, matrices(job.model)
-    n_moe = model.n_moe_layers
-    experts = n_moe * model.n_experts * m.expert
-    every = parameters(model)
-    tables = model.vocab_size * model.d_model
-    body = every - experts - tables * (1 if model.tied_embeddings else 2)
-    pp = c["pp"]
-    ends = np.where(pp > 1, tables, tables * (1 if model.tied_embeddings else 2))
-    most, _, _ = layers_of_stages(model.n_layers + model.n_encoder_layers, pp, c["virtual_stages"])
-    share = most / (model.n_layers + model.n_encoder_layers)
-    return (body * share + ends) / c["tp"], experts * share / (c["ep"] * c["expert_tp"])
+    n_layers = model.n_layers + model.n_encoder_layers
+    experts = model.n_moe_layers * model.n_experts * m.expert
+    table = model.vocab_size * model.d_model
+    tables = table * (1 if model.tied_embeddings else 2)
+    body = (parameters(model) - experts - tables) / n_layers
+    ends = np.where(c["pp"] > 1, table, tables)
+    spread = c["ep"] * c["expert_tp"]
+    return _Held(most, body / c["tp"], experts / n_layers / spread if experts else 0.0, ends / c["tp"])
 
 
 def _sharded_parameters(
-    job: Job, habits: Framework, c: Mapping[str, Array], links: Wires, speed: Rates, F: Any, B: Any, R: Any, most: Array
+    job: Job,
+    habits: Framework,
+    c: Mapping[str, Array],
+    links: Wires,
+    speed: Rates,
+    held: _Held,
+    forward: Array,
+    backward: Array,
 ) -> dict[str, dict[str, Array]] | None:
     """What ZeRO-3 or FSDP adds to a layer and to the ends of one micro-batch; None where no layout is sharded so."""
     three = c["zero_stage"] >= 3
     if not np.any(three):
         return None
-    model, m = job.model, matrices(job.model)
-    dense, experts = _rank_parameters(job, c)
-    n_layers = model.n_layers + model.n_encoder_layers
-    tables = model.vocab_size * model.d_model * (1 if model.tied_embeddings else 2) / c["tp"]
-    one = np.maximum(dense - tables, 0.0) / most + experts / most
+    one, tables = held.layer + held.layer_experts, held.ends
     width = _gathered_bytes(job, habits)
     reduced = _reduced_bytes(job, habits)
     shards = np.where(c["fsdp"] > 1, c["fsdp"], c["dp"] * c["cp"])
     stride = c["tp"]
-    gather = collective_seconds(links, "all_gather", one * width, shards, stride)
-    scatter = collective_seconds(links, "reduce_scatter", one * reduced, shards, stride)
+    calls = habits.gather_calls
+    gather = calls * collective_seconds(links, "all_gather", one * width / calls, shards, stride)
+    scatter = calls * collective_seconds(links, "reduce_scatter", one * reduced / calls, shards, stride)
     replicas = c["dp"] * c["cp"] / shards
     summed = collective_seconds(links, "all_reduce", one * reduced / shards, replicas, stride * shards)
-    again = np.where(c["reshard_after_forward"] > 0, gather, 0.0)
-    forward, backward = _total(F), _total(B) + _total(R)
+    # parameter by parameter, a block made again lets go of what backward then gathers once more
+    times = 2 if calls > 1 and job.recompute == "full" else 1
+    again = np.where(c["reshard_after_forward"] > 0, times * gather, 0.0)
     hidden_forward, hidden_backward = np.minimum(gather, forward), np.minimum(again + scatter + summed, backward)
+    if not habits.overlap_gathers:
+        hidden_forward, hidden_backward = 0.0 * gather, 0.0 * gather
     slow = coefficient("network_sms") / speed.units
     shown = gather + again + scatter + summed - hidden_forward - hidden_backward
     shown = shown + slow * (hidden_forward + hidden_backward)
     copies = one * (width * 2 + reduced * 2) / speed.bytes_per_s  # in and out of the flat buffers
     ends = collective_seconds(links, "all_gather", tables * width, shards, stride)
     ends = ends + collective_seconds(links, "reduce_scatter", tables * reduced, shards, stride) + gather + scatter
-    del n_layers, m
     return {
         "layer": {"dp": np.where(three, shown, 0.0), "memory_bound": np.where(three & (shards > 1), copies, 0.0)},
         "ends": {"dp": np.where(three, ends, 0.0)},
@@ -802,25 +891,30 @@ def _reduced_bytes(job: Job, habits: Framework) -> float:
 
 
 def _data_parallel(
-    job: Job, habits: Framework, c: Mapping[str, Array], links: Wires, speed: Rates, backward: Array
+    job: Job, habits: Framework, c: Mapping[str, Array], links: Wires, speed: Rates, held: _Held, backward: Array
 ) -> dict[str, Array]:
     """Gradients and parameters between replicas, once a step: ZeRO 0 to 2."""
-    dense, experts = _rank_parameters(job, c)
+    stage = c["zero_stage"]
+    if np.all(stage >= 3):
+        return {"dp": np.zeros(stage.shape)}
     g = _reduced_bytes(job, habits)
     width = 4.0 if job.precision == "fp32" else 2.0
     group, stride = c["dp"] * c["cp"], c["tp"]
-    expert_group = np.maximum(group * c["tp"] / (c["ep"] * c["expert_tp"]), 1)
-    stage = c["zero_stage"]
+    spread = c["ep"] * c["expert_tp"]
+    expert_group = np.maximum(group * c["tp"] / spread, 1)
+
+    def over_all(op: str, width: float) -> Array:
+        seconds = collective_seconds(links, op, held.dense * width, group, stride)
+        if job.model.n_experts:
+            seconds = seconds + collective_seconds(links, op, held.experts * width, expert_group, spread)
+        return seconds
+
+    zero, some = np.any(stage == 0), np.any(stage > 0)
     reduce = np.where(
-        stage == 0,
-        collective_seconds(links, "all_reduce", dense * g, group, stride)
-        + collective_seconds(links, "all_reduce", experts * g, expert_group, c["ep"] * c["expert_tp"]),
-        collective_seconds(links, "reduce_scatter", dense * g, group, stride)
-        + collective_seconds(links, "reduce_scatter", experts * g, expert_group, c["ep"] * c["expert_tp"]),
+        stage == 0, over_all("all_reduce", g) if zero else 0.0, over_all("reduce_scatter", g) if some else 0.0
     )
     reduce = np.where(stage == 2, reduce * c["micro_batches"], reduce)
-    gather = collective_seconds(links, "all_gather", dense * width, group, stride)
-    gather = gather + collective_seconds(links, "all_gather", experts * width, expert_group, c["ep"] * c["expert_tp"])
+    gather = over_all("all_gather", width) if some else 0.0
     gather = np.where((stage == 0), 0.0, gather)
     overlaps = habits.overlap_gradients if job.overlap_gradients is None else job.overlap_gradients
     slow = coefficient("network_sms") / speed.units
@@ -840,24 +934,23 @@ def _data_parallel(
     return {"dp": np.where(stage >= 3, 0.0, reduce + gather + tied)}
 
 
-def _update(job: Job, habits: Framework, c: Mapping[str, Array], speed: Rates) -> dict[str, Array]:
+def _update(job: Job, habits: Framework, c: Mapping[str, Array], speed: Rates, held: _Held) -> dict[str, Array]:
     """The optimizer's kernels over what a rank owns."""
     if "fwd_bwd_only" in job.flags:
         return {"optimizer": np.zeros(c["dp"].shape)}
-    dense, experts = _rank_parameters(job, c)
+    dense, experts = held.dense, held.experts
     shards = np.where(c["fsdp"] > 1, c["fsdp"], c["dp"] * c["cp"])
     group = np.maximum(c["dp"] * c["cp"] * c["tp"] / (c["ep"] * c["expert_tp"]), 1)
     own = np.where(c["zero_stage"] > 0, dense / shards + experts / group, dense + experts)
     return {"optimizer": stream_seconds(speed, own * habits.optimizer_bytes, 40) + coefficient("step_seconds")}
 
 
-def _traffic(job: Job, habits: Framework, c: Mapping[str, Array]) -> dict[str, Array]:
+def _traffic(job: Job, habits: Framework, c: Mapping[str, Array], held: _Held) -> dict[str, Array]:
     """Bytes one rank sends in a step, by what they are for."""
     model = job.model
-    dense, experts = _rank_parameters(job, c)
+    dense, experts, most = held.dense, held.experts, held.layers
     e = 4 if job.precision == "fp32" else 2
     g, width = _reduced_bytes(job, habits), _gathered_bytes(job, habits)
-    most, _, _ = layers_of_stages(model.n_layers + model.n_encoder_layers, c["pp"], c["virtual_stages"])
     M, tp, cp, ep = c["micro_batches"], c["tp"], c["cp"], c["ep"]
     stream = c["micro_batch"] * job.seq_len / cp * model.d_model * e
     passes = 3 if job.recompute == "full" else 2
@@ -875,6 +968,3 @@ def _traffic(job: Job, habits: Framework, c: Mapping[str, Array]) -> dict[str, A
         "dp": np.where(stage >= 3, every, once),
         "pp": np.where(c["pp"] > 1, 2 * M * c["virtual_stages"] * stream / tp, 0.0),
     }  # fmt: skip
-
-
-_UNUSED: Callable[..., Any] = generation  # re-exported for reports

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from bursar.diff import ALWAYS, FIGURES, OF_A_MODULE, Change, Diff, ModuleChange, Side, span
 from bursar.modules import label
+from bursar.report.markdown import escaped, markdown_table
 from bursar.report.record import SCHEMA_VERSION
 from bursar.report.text import line, note, table
 from bursar.units import format_bytes, format_count, format_flops, format_seconds
@@ -112,42 +112,26 @@ def _named(m: ModuleChange) -> Iterator[str]:
 
 def markdown(diff: Diff, over: Sequence[str]) -> str:
     """The same as a Markdown page, for a job's summary or a comment."""
-    out = [f"**A** {_escaped(_title(diff.a))}  ", f"**B** {_escaped(_title(diff.b))}", ""]
-    out += [*(f"**Over the limit:** {_escaped(text)}" for text in over), *([""] if over else [])]
+    out = [f"**A** {escaped(_title(diff.a))}  ", f"**B** {escaped(_title(diff.b))}", ""]
+    out += [*(f"**Over the limit:** {escaped(text)}" for text in over), *([""] if over else [])]
     if diff.same:
         out += [_verdict(diff), ""]
     else:
-        out += _markdown_table(_COLUMNS, [_cells(FIGURES[c.figure], c) for c in _shown(diff)])
+        out += markdown_table(_COLUMNS, [_cells(FIGURES[c.figure], c) for c in _shown(diff)])
     if diff.modules:
         rows = [
             (", ".join(word.strip() for word in _named(m)), *(_cells(OF_A_MODULE[c.figure], c) if c else ("",) * 5))
             for m in diff.modules
             for c in m.changes or (None,)
         ]
-        out += ["By module, the largest change first:", "", *_markdown_table(("module", *_COLUMNS), rows)]
+        out += ["By module, the largest change first:", "", *markdown_table(("module", *_COLUMNS), rows)]
     if diff.files:
         rows = [
             (f.path, f"+{f.added}", f"−{f.removed}", ", ".join(span("", x)[1:] for x in f.lines)) for f in diff.files
         ]
-        out += ["Lines of the model's code:", "", *_markdown_table(("file", "", "", "where"), rows)]
-    out += [f"- {_escaped(text)}" for text in _remarks(diff)]
+        out += ["Lines of the model's code:", "", *markdown_table(("file", "", "", "where"), rows)]
+    out += [f"- {escaped(text)}" for text in _remarks(diff)]
     return "\n".join(out).rstrip() + "\n"
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def row(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(_escaped(cell) for cell in cells)} |"
-
-    left = 1 if len(columns) < 6 else 2
-    marks = [":--"] * left + ["--:"] * (len(columns) - left)
-    return [row(columns), f"| {' | '.join(marks)} |", *map(row, rows), ""]
-
-
-def _escaped(text: str) -> str:
-    """Text as Markdown shows it literally: names are the user's, and may be markup."""
-    plain = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#@~$!])", r"\\\1", plain)
 
 
 def _title(side: Side) -> str:

@@ -10,6 +10,7 @@ from bursar.ledger import Ledger
 from bursar.modules import shares
 from bursar.report.gradients import Layer, layers
 from bursar.roofline import Forecast
+from bursar.workspaces import workspaces
 
 SCHEMA_VERSION = 1
 
@@ -104,7 +105,12 @@ def step_record(
         bytes_moved={"total": sum(ledger.bytes_moved.values()), "by_kind": dict(ledger.bytes_moved)},
         memory={
             "peak_bytes": memory.peak_bytes,
+            "allocated_bytes": memory.allocated_bytes,
             "reserved_bytes": memory.reserved_bytes,
+            "workspaces": [
+                {"name": w.name, "bytes": w.n_bytes, "allocated": w.allocated, "source": w.source}
+                for w in (workspaces(ledger, forecast.cluster) if forecast else ())
+            ],
             "saved_activation_bytes": memory.saved_activations,
             "at_peak": dict(memory.at_peak),
             "between_steps": dict(memory.between_steps),

@@ -14,6 +14,7 @@ from bursar.report.gradients import layers
 from bursar.report.text import line, note, sparkline, table
 from bursar.roofline import Forecast
 from bursar.units import format_bytes, format_count, format_flops, format_rate, format_seconds, format_share
+from bursar.workspaces import workspaces
 
 _MODULES_SHOWN = 12
 _SMALL = 10**5  # below this a count is printed whole: the notes' examples are to be recognised
@@ -48,7 +49,7 @@ def render(
     if gradients:
         yield gradients_table(ledger)
         yield gradients_rules(ledger)
-    yield from _memory(ledger)
+    yield from _memory(ledger, forecast)
     if forecast is not None:
         yield from _time(forecast)
     yield from _modules(ledger)
@@ -102,7 +103,7 @@ def gradients_rules(ledger: Ledger) -> Any:
     )
 
 
-def _memory(ledger: Ledger) -> Iterator[Any]:
+def _memory(ledger: Ledger, forecast: Forecast | None) -> Iterator[Any]:
     memory = ledger.memory
     yield table(
         "Memory of one device",
@@ -120,10 +121,16 @@ def _memory(ledger: Ledger) -> Iterator[Any]:
     if row is not None:
         where = f" in {row.module}" if row.module else ""
         yield note(f"The peak stands in {row.phase}, at {row.op}{where}; the largest there:")
-        for held in memory.holdings[:3]:
-            yield line(f"    {_bytes(held.n_bytes)}  {held.memory_class.replace('_', ' ')}  {held.module or held.op}")
+        for x in memory.holdings[:3]:
+            yield line(f"    {_bytes(x.n_bytes)}  {x.memory_class.replace('_', ' ')}  {x.module or x.op}")
     if ledger.device == "gpu":
-        yield note(f"The caching allocator would hold {_bytes(memory.reserved_bytes)}.")
+        held = memory.held
+        yield note(
+            f"The caching allocator would show {_bytes(held.allocated_bytes)} allocated and hold "
+            f"{_bytes(held.reserved_bytes)} in {held.segments} segments."
+        )
+    for w in workspaces(ledger, forecast.cluster) if forecast is not None else ():
+        yield note(f"Beside the peak: {_bytes(w.n_bytes)} for {w.name} ({w.source}).")
     yield from _timeline(ledger)
     yield from _static(ledger)
 

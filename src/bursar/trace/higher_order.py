@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bursar import rules
 from bursar.errors import TraceFailed
-from bursar.ledger import Row
+from bursar.ledger import Call, Row
 from bursar.rules import Op
 
 if TYPE_CHECKING:
@@ -214,6 +214,8 @@ def _triton(recorder: Recorder, *, kernel_idx: int, kwargs: dict[str, Any], **_:
     shapes, dtypes = tuple(t.shape for t in op.inputs), tuple(t.dtype for t in op.inputs)
     dtype = next((t.dtype for t in op.inputs if t.is_float), "none")
     recorder.rows.append(Row(phase, kind, name, recorder.module, dtype, shapes, dtypes, work, 0, False))
+    if recorder.calls is not None:
+        recorder.calls.append(Call(name, (), (), (), 0, 0))
 
 
 def _triton_functional(recorder: Recorder, *, kwargs: dict[str, Any], tensors_to_clone: list[str], **more: Any) -> Any:

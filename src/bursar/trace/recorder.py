@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import bisect
 import math
+import os
+import sys
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -28,11 +30,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from bursar import rules
 from bursar.folding import Operands
-from bursar.ledger import Row
+from bursar.ledger import Call, Operand, Row
 from bursar.memory import Storage
 from bursar.rules import Op, Tensor, Work
 from bursar.trace import accumulation
 from bursar.trace.fakes import FAKES, SPARSE, bound, elements_stored, index_bytes, is_sparse, parts
+from bursar.trace.scratch import AS_REAL, Scratch
 from bursar.trace.values import Values
 
 aten = torch.ops.aten
@@ -64,6 +67,7 @@ class _OpInfo:
         "defaults",
         "fake",
         "free",
+        "func",
         "ignored",
         "is_view",
         "makes_inputs",
@@ -74,6 +78,7 @@ class _OpInfo:
     )
 
     def __init__(self, func: Any) -> None:
+        self.func = func
         schema = func._schema
         namespace, base = schema.name.split("::")
         self.name = f"{namespace}.{base}"
@@ -98,14 +103,21 @@ class _OpInfo:
 class Recorder(TorchDispatchMode):
     """Records ops, storages and their lifetimes on one device type while it is the innermost mode.
 
-    ``tf32`` names the kinds whose fp32 runs on TF32 tensor cores.
+    ``tf32`` names the kinds whose fp32 runs on TF32 tensor cores; ``scratch`` says what a kernel takes for itself.
     """
 
-    def __init__(self, mode: FakeTensorMode, device_type: str, tf32: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        mode: FakeTensorMode,
+        device_type: str,
+        tf32: frozenset[str] = frozenset(),
+        scratch: Scratch | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.mode = mode
         self.device_type = device_type
         self.tf32 = tf32
+        self.scratch = scratch
         self.rows: list[Row] = []
         self.storages: list[Storage] = []
         self.events: list[tuple[int, int, int]] = []  # (row, storage, +bytes or -bytes)
@@ -129,6 +141,9 @@ class Recorder(TorchDispatchMode):
         self._node_module = ""
         self.values = Values()
         self.leaf_modules: dict[int, str] = {}  # storage address of a parameter -> its module
+        self.calls: list[Call] | None = [] if device_type == "cpu" else None  # one per row
+        self._site: tuple[int, int] = (0, 0)
+        self._sites = self._views = 0
         self.operands: dict[int, Operands] | None = None  # of the optimizer's rows, where the ledger is to be unfolded
 
     # ---- what the session tells it
@@ -253,24 +268,28 @@ class Recorder(TorchDispatchMode):
                 out = bound(info.name, args, kwargs)
             if out is not NotImplemented:
                 if not info.is_view:
-                    self._record(info, node, args, kwargs, out)
+                    self._record(func, info, node, args, kwargs, out)
                 return out
             # torch's optimizers read counters and norms: ASGD and Adafactor always; Adagrad, and before torch 2.13
             # Adam, under a default device. The number changes no cost. A bool, which may, is not made up.
             if func is _ITEM and self.phase == "optimizer" and not self.depth and args[0].dtype != torch.bool:
                 return _SOME_STEP
             raise
+        if self.scratch is not None and info.name in AS_REAL:
+            out = self.scratch.as_real(func, info.name, lambda: self._key(info, args, kwargs), args, kwargs, out)
         if is_sparse(out):
             self._stored[out] = elements_stored(info.name, out, args, self._stored.get)
-        if not info.is_view:
+        if info.is_view:
+            self._views += 1
+        else:
             if not self._stored or not (is_sparse(out) or any(map(is_sparse, args))):
                 self.values.follow(info, func, args, kwargs, out, create=self.phase != "optimizer")
-            self._record(info, node, args, kwargs, out)
+            self._record(func, info, node, args, kwargs, out)
             if info.name in _RESIZES and isinstance(out, FakeTensor):
                 self.resized(out.untyped_storage()._cdata, out.untyped_storage().nbytes())
         return out
 
-    def _record(self, info: _OpInfo, node: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _record(self, func: Any, info: _OpInfo, node: Any, args: Any, kwargs: Any, out: Any) -> None:
         seen: dict[int, None] = {}
         key: list[Any] = [info]
         here = [False]
@@ -308,6 +327,8 @@ class Recorder(TorchDispatchMode):
             kwargs = {**(kwargs or {}), "output_mask": asked}
             key.append(asked)
         kind, work, dtype, shapes, dtypes = self._priced(tuple(key), info, args, kwargs, outs)
+        if self.scratch is not None:
+            allocated += self._scratch(tuple(key), info, args, kwargs, outs, work, module, phase)
         if phase == "optimizer" and kind not in _KEEP_KIND:
             kind = "optimizer"
         if phase == "recompute":
@@ -317,6 +338,8 @@ class Recorder(TorchDispatchMode):
             self._live[mine[0].untyped_storage()._cdata][0].weight_copy = True
         if self.operands is not None and phase == "optimizer":
             self.operands[row_number] = self._operands(info, args, kwargs, outs)
+        if self.calls is not None:
+            self.calls.append(self._call(func, args, kwargs, outs, info.asked))
         self.rows.append(Row(phase, kind, info.name, module, dtype, shapes, dtypes, work, allocated, reads_weight))
 
     def _priced(self, key: tuple[Any, ...], info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> _Priced:
@@ -328,6 +351,33 @@ class Recorder(TorchDispatchMode):
         if found is None:
             found = self._costs[key] = self._cost(info, args, kwargs, outs)
         return found
+
+    def _key(self, info: _OpInfo, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        seen: dict[int, None] = {}
+        named = [part for k, v in (kwargs or {}).items() for part in (k, self._signature(v, seen, [False]))]
+        return (info, *(self._signature(a, seen, [False]) for a in args), *named)
+
+    def _scratch(
+        self, key: Any, info: _OpInfo, args: Any, kwargs: Any, outs: list[Any], work: Work, module: str, phase: str
+    ) -> int:
+        """Write down what the kernel takes for itself: bytes that come after its outputs and go before the next op."""
+        assert self.scratch is not None
+        if info.free or self._stored:
+            return 0
+        if info.asked:
+            kwargs = {k: v for k, v in kwargs.items() if k != "output_mask"} if kwargs else kwargs
+        n_bytes, what = self.scratch.of(
+            info.func, key, lambda: self._op(info, args, kwargs, outs), work.flops, args, kwargs
+        )
+        if not n_bytes:
+            return 0
+        row = len(self.rows)
+        record = Storage(len(self.storages), n_bytes, row)
+        record.op, record.module, record.phase, record.memory_class = info.name, module, phase, "temporary"
+        record.name = f"{what} in {info.name}"
+        self.storages.append(record)
+        self.events += [(row, record.index, n_bytes), (row, record.index, -n_bytes)]
+        return n_bytes
 
     def _kept_for_recompute(self, args: Any) -> None:
         """What a checkpoint's second forward reads was kept for it, though by a closure and not by the graph."""
@@ -381,6 +431,34 @@ class Recorder(TorchDispatchMode):
 
         named = {**dict(zip(info.arg_names, args, strict=False)), **(kwargs or {})}
         return Operands(self._op(info, args, kwargs, outs), {k: storage(v) for k, v in named.items()}, storage(outs))
+
+    def _call(self, func: Any, args: Any, kwargs: Any, outs: list[Any], asked: Any) -> Call:
+        """The call as it can be made again, and which call in Python it came from: a frame at one of its instructions.
+
+        A C++ composite (an unrolled GRU) runs thousands of ops from one such place. A Python loop of a single op looks
+        the same; it is rare, and costs the forecast a few microseconds a turn.
+        """
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_code.co_filename in _NOT_A_SITE:
+            frame = frame.f_back
+        site = (id(frame), frame.f_lasti)
+        if site != self._site:
+            self._site, self._sites = site, self._sites + 1
+        views, self._views = self._views, 0
+        own = (kwargs or {}).items()  # without the mask that this recorder gives to ops that do not hear it
+        named = tuple((k, self._operand(v)) for k, v in own if not (asked and k == "output_mask"))
+        outputs = tuple(self._operand(t) for t in outs)
+        return Call(str(func), tuple(self._operand(a) for a in args), named, outputs, self._sites, views)
+
+    def _operand(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            known = None if is_sparse(value) else self._live.get(value.untyped_storage()._cdata)
+            stride = () if is_sparse(value) else tuple(value.stride())
+            dtype = str(value.dtype).removeprefix("torch.")
+            return Operand(tuple(value.shape), stride, dtype, known[0].index if known else -1)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._operand(v) for v in value)
+        return value
 
     def _cost(self, info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> _Priced:
         op = self._op(info, args, kwargs, outs)
@@ -508,6 +586,11 @@ class Recorder(TorchDispatchMode):
 # Backward ops that do not hear which gradients are wanted: the places of the input and the first state among forward's
 _ASKED = {"aten.mkldnn_rnn_layer_backward": (0, 5)}
 _NOTHING = Work()
+# What stands between a call in Python and the dispatch mode that sees it
+_NOT_A_SITE = frozenset(
+    (__file__, *(os.path.join(os.path.dirname(torch.__file__), *name.split("/")) for name in
+     ("_dynamo/eval_frame.py", "_compile.py", "utils/_device.py", "overrides.py", "_ops.py")))
+)  # fmt: skip
 _RESIZES = frozenset({"aten.resize_", "aten.resize_as_"})
 _KEEP_KIND = rules.MODEL_KINDS | {"uncounted"}  # in the optimizer phase the other kinds become "optimizer"
 _saved_by_type: dict[type, list[str]] = {}

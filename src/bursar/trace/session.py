@@ -26,6 +26,7 @@ from bursar.ledger import Ledger, Model, Step
 from bursar.memory import Textbook
 from bursar.trace import accelerator, accumulation, compat, failures, higher_order, patches
 from bursar.trace.recorder import REAL, Recorder, unwrapped
+from bursar.trace.scratch import Scratch
 from bursar.trace.skim import Skim, Token, check
 
 _looks: list[list[str]] = []
@@ -48,12 +49,17 @@ def looking() -> Iterator[list[str]]:
 class Session:
     """What `tracing` yields. ``ledger`` is there when the block has ended (also partial, when it ended in an error)."""
 
-    def __init__(self, on: str | None, tf32: frozenset[str] | None = None) -> None:
+    def __init__(self, on: str | None, tf32: frozenset[str] | None = None, scratch: str = "asked") -> None:
         self.on = on
         self.device = "cpu" if on == "cpu" else accelerator.NAME
         # The fallback runs an op for real; there is no real tensor on the fake accelerator
         self.mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=self.device == "cpu")
-        self.recorder = Recorder(self.mode, self.device, _tf32_flags() if tf32 is None else tf32)
+        self.recorder = Recorder(
+            self.mode,
+            self.device,
+            _tf32_flags() if tf32 is None else tf32,
+            Scratch(scratch) if self.device == "cpu" and scratch != "none" else None,
+        )
         self.roots: list[torch.nn.Module] = []
         self.names: dict[int, str] = {}
         self.assumptions: list[str] = []
@@ -371,6 +377,8 @@ class Session:
             return out
 
         undo.set(torch.UntypedStorage, "resize_", resize_)
+        if self.recorder.scratch is not None:
+            self._watch_random_state(undo)
         zero_grad = torch.optim.Optimizer.zero_grad
 
         def traced_zero_grad(optimizer: Any, set_to_none: bool = True) -> None:
@@ -391,6 +399,19 @@ class Session:
             module_zero_grad(module, set_to_none)
 
         undo.set(torch.nn.Module, "zero_grad", traced_module_zero_grad)
+
+    def _watch_random_state(self, undo: patches.Undo) -> None:
+        """A checkpoint keeps the random state for its second forward, and that sets its own aside: 5056 bytes each."""
+        get = torch.random.get_rng_state
+
+        def get_rng_state() -> torch.Tensor:
+            state = get()
+            forward = not self.recorder.backward_depth
+            self.recorder.adopt(state, "activations" if forward else "temporary", "random state of a checkpoint")
+            return state
+
+        undo.set(torch.random, "get_rng_state", get_rng_state)
+        undo.set(torch, "get_rng_state", get_rng_state)
 
     def mark(self) -> None:
         """The step to be kept begins here; what came before is warm-up."""
@@ -467,6 +488,7 @@ class Session:
                 f"{recorder.elsewhere} calls of ops inside modules ran on {where} and are not counted"
             )
         self.assumptions += recorder.values.relied_on
+        self.assumptions += recorder.scratch.assumptions if recorder.scratch is not None else []
         self.assumptions += dict.fromkeys(row.work.assumes for row in recorder.rows if row.work.assumes)
         first_row, first_event = self._window()
         calls = self._micro_batches(first_row)
@@ -499,6 +521,7 @@ class Session:
             tuple(self.assumptions),
             {"bursar": bursar.__version__, "torch": str(torch.__version__)},
             self.partial,
+            calls=tuple(recorder.calls[first_row:]) if recorder.calls is not None else (),
         )  # fmt: skip
 
 
