@@ -122,6 +122,7 @@ class _Case(NamedTuple):
     engine: bool  # Transformer Engine runs the blocks
     local: bool  # Megatron's own layers do
     naive: bool  # scores are stored
+    gated: int  # hidden widths that a gated activation keeps
     dropout: int
     rotary: bool
     eighth: bool  # products keep what they multiply in 8 bits
@@ -133,15 +134,17 @@ def _case(job: Job, cluster: Cluster) -> _Case:
     model, known = job.model, constants()["framework"]
     impl = job.flags.get("impl", "")
     of_megatron = habits.name in MEGATRON and habits.name != "megatron-deepspeed"
+    own = known.get(habits.name, known["plain"])
     learned = bool(model.learned_positions) or model.norm == "layernorm"
     return _Case(
         habits,
-        known.get(habits.name, known["plain"]),
+        own,
         4 if job.precision == "fp32" else 2,
         habits.name == "plain" and _is_closed(job),
         of_megatron and impl != "local",
         impl == "local",
         job.attention == "naive" or impl == "local",
+        min(own["glu_kept"], 3) if job.compiled else own["glu_kept"],  # the compiler fuses it
         habits.dropout if learned else 0,  # models since Llama are trained without
         not model.learned_positions,
         of_megatron and job.precision in ("fp8", "mxfp8", "nvfp4") and job.fp8_everywhere,
@@ -327,10 +330,12 @@ def _activations(job: Job, case: _Case, tokens: Count, moe: bool = False) -> tup
     T = job.micro_batch * tokens / lay.cp
     x = T * model.d_model / _sequence(job) * e
     attention = _attention_bytes(job, case, tokens, tokens)
-    norm = 2 * x + T / _sequence(job) * (8 if model.norm == "layernorm" else 4) + x / e * (case.dropout - case.eighth)
+    whole = T * model.d_model * e
+    norm = x + (whole if case.own["gathered"] else x) + T / _sequence(job) * (8 if model.norm == "layernorm" else 4)
+    norm = norm + x / e * (case.dropout - case.eighth)
     hidden = _moe_bytes(job, case, T) if moe else _mlp_bytes(model, case, T * model.d_ff / lay.tp)
     saved = attention + norm + hidden
-    working = 2 * x + T * e * _widest(job, moe)
+    working = x + whole + T * e * _widest(job, moe)  # sequence parallel inputs are gathered for their weights' gradient
     core = _core_bytes(job, case, tokens, tokens)
     if job.recompute == "selective":
         saved = saved - core
@@ -361,21 +366,20 @@ def _attention_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
     t, S = lay.tp, _sequence(job)
     T, U = job.micro_batch * queries / lay.cp, job.micro_batch * keys / lay.cp
     x = T * model.d_model / S * e
-    saved = 2 * x + T / S * (8 if model.norm == "layernorm" else 4) + x / e * case.dropout
+    given = T * model.d_model * e if case.own["gathered"] else x  # what the norm puts out, as the product keeps it
+    saved = x + given + T / S * (8 if model.norm == "layernorm" else 4) + x / e * case.dropout
     Q, V = model.query_width / t, model.value_width / t
     if model.latent is not None:
         m = model.latent
-        saved = (
-            saved + T * (2 * m.q_rank + 2 * m.kv_rank + m.rope_dim) * e
-        )  # each down-projection and its norm's output
+        # each down-projection and its norm's output
+        saved = saved + T * (2 * m.q_rank + 2 * m.kv_rank + m.rope_dim) * e
         qkv = T * (2 * Q + V) * e
     else:
         kv = _key_heads(model, t) * model.head_dim
         qkv = T * Q * e + U * 2 * kv * e
         if case.rotary and case.engine and case.new and not case.naive:
-            qkv = (
-                qkv + T * (Q + kv) * e
-            )  # values are a view of the one product, which stays beside turned queries, keys
+            # values are a view of the one product, which stays beside the turned queries and keys
+            qkv = qkv + T * (Q + kv) * e
     if "qk_layernorm" in job.flags and model.latent is None:
         qkv = qkv + 2 * (T * Q + U * _key_heads(model, t) * model.head_dim) * e  # both norms' inputs, as copies
     out = T * V * e
@@ -397,7 +401,7 @@ def _core_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
 
 def _mlp_bytes(model: Decoder, case: _Case, n: Any) -> Any:
     """GELU keeps its input and the next product its output; a gated one both branches and the product's input."""
-    kept = case.e * (case.own["glu_kept"] if model.gated_mlp else 2)
+    kept = case.e * (case.gated if model.gated_mlp else 2)
     return n * (kept - case.eighth)
 
 
@@ -582,7 +586,8 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
         layers = layers * np.maximum(1 - job.offload_layers / np.maximum(here, 1), 0)
     layers = layers + mtp * (last_kind.saved + 3 * x)
     activations = layers + np.where(one | (stage == _FIRST), _first_chunk(job) * x / e * case.dropout, 0)
-    activations = activations + np.where(with_loss, 2 * x, 0)  # the last norm's input and output
+    whole = T * model.d_model * e  # the head's input, gathered where the sequence is shared
+    activations = activations + np.where(with_loss, x + np.where(x < whole, whole, x), 0)  # and the last norm's
     if case.habits.name == "megatron-deepspeed":  # runtime/pipe/engine.py keeps a stage's outputs until their backward
         activations = activations + np.where(with_loss, 0, _first_chunk(job) * x)
     if case.closed:
@@ -651,7 +656,7 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     parts = {name: _plain(value) for name, value in parts.items()}
     total = sum(parts.values())
     # Freed blocks seldom suit what comes next: a pool grows to the sum of what each kind takes at its fullest
-    most = base + gradients + late + activations + np.maximum(logits, working + reduce)
+    most = base + gradients + late + activations + logits + working + reduce
     reserved = np.maximum(most, total * (1 + constants()["allocator"]["least_reserve"]))
     outside = constants()["context"]
     device = reserved + outside["cuda_bytes"] + outside["driver_bytes"] + outside["nccl_bytes"] * _groups(job)
