@@ -32,6 +32,7 @@ _VOCABULARIES = {  # where Megatron's CI does not print one; tests/functional_te
     "release": 256000,  # nemotron_2_256k
     "mixtral_8x22b": 32000,  # Llama2Tokenizer
     "mixtral_8x7b_tp1": 32000,
+    "nemotron3": 131072,
 }
 _LAYERS = 24
 _GPU = "a100-80g-sxm"  # where a source prints none: what most rows ran on
@@ -366,7 +367,11 @@ def _trains_another_token(cell: _Cells, flags: Mapping[str, str]) -> bool:
 def _layers(cell: _Cells, flags: Mapping[str, str]) -> int:
     """Layers of the decoder, or of a model that has nothing else."""
     if cell.text("n_layers"):
-        return cell.must("n_layers")
+        n_layers = cell.must("n_layers")
+        if "mamba_hybrid" in flags and n_layers > 1:
+            cell.assumed.append("two layers of a hybrid, a mixer and a feed-forward, count as one block")
+            n_layers //= 2
+        return n_layers
     if "decoder_layers" in flags:
         return _number_in(flags, "decoder_layers", _LAYERS)
     return cell.count("n_layers", _LAYERS, "the source prints none; GPT-2 medium's")
