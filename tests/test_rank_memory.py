@@ -264,6 +264,16 @@ def test_a_lever_frees_memory(lever):
     assert rank_memory(replace(job, **after), H100).peak_bytes < rank_memory(job, H100).peak_bytes
 
 
+def test_parameters_that_stay_after_forward_are_all_there_at_once():
+    model = decoder(preset("llama3-8b"))
+    job = Job(model, 1024, Layout(8, zero_stage=3, reshard_after_forward=0), 1, 1, framework="torchtitan")
+    kept = rank_memory(job, H100).parts["collective_buffers"]
+    table = 128_256 * 4096  # whose gradients, in fp32, are the most that is scattered at once
+    assert kept in (2 * 8_030_261_248, 2 * 8_030_261_248 + 4 * table)
+    again = replace(job, layout=Layout(8, zero_stage=3))
+    assert rank_memory(again, H100).parts["collective_buffers"] < kept / 3
+
+
 def test_each_pipeline_stage_holds_as_many_micro_batches_as_come_after_it():
     model = gpt("deep", 16, 512, 8)
     job = Job(model, 512, Layout(pp=4), 1, 8)

@@ -607,11 +607,13 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     logit = min(logit, float(job.flags.get("logit_bytes") or logit))  # a loss that is not the framework's
     logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0) / float(job.flags.get("loss_chunks") or 1)
     # ---- buffers
-    unit = 0.0 * ends.table + ends.table
+    unit = np.minimum(ends.table, vocabulary * model.d_model)  # the embedding and the head are a unit each
     for _, b in kinds:
         unit = np.maximum(unit, b.dense + b.expert)
     gathers = (zero >= 3) & (shards > 1)
-    buffers = np.where(gathers, 2 * unit * e, 0)  # the unit at work and the next one
+    # The unit at work and the next one; all of them where they stay until backward
+    stay = np.asarray(lay.reshard_after_forward) == 0
+    buffers = np.where(gathers, np.where(stay, dense + expert + other, 2 * unit) * e, 0)
     buffers = buffers + np.where(one, 0, 2 * x)  # what comes and what goes
     reduce = np.where(gathers, unit * gradient, 0)  # a unit's gradients before they are scattered
     if case.habits.name == "megatron-deepspeed":
