@@ -303,7 +303,8 @@ def _linear(x: _Context, p: _Passes, M: Array, K: Array, N: Array, groups: Array
     p.backward.product(x.dtype, M, K, N, groups, out, launches)
     p.backward.product(x.dtype, K, N, M, groups, x.accumulate, launches)
     if x.dtype in ("fp8", "fp4"):
-        cast = coefficient("cast_bytes_blocks" if x.job.precision in ("mxfp8", "nvfp4") else "cast_bytes")
+        by_recipe = {"mxfp8": "cast_bytes_blocks", "nvfp4": "cast_bytes_fp4"}
+        cast = coefficient(by_recipe.get(x.job.precision, "cast_bytes"))
         p.forward.stream(cast * groups * M * K, launches)
         p.backward.stream(cast * groups * M * N, launches)
     if bias:
