@@ -21,6 +21,7 @@ from bursar.efficiency import (
     matmul_seconds,
     product_dtype,
     rates,
+    slowest_of,
     stream_seconds,
     sustained,
 )
@@ -345,6 +346,17 @@ def test_less_power_for_the_same_units_is_a_lower_clock():
     # cube root of the dynamic power's ratio, a fifth of the limit being static
     assert sustained(capped) / sustained(H100) == pytest.approx(((500 / 700 - 0.2) / 0.8) ** (1 / 3), rel=1e-2)
     assert generation(capped) == "hopper"
+
+
+def test_a_large_cluster_waits_for_its_slowest_chip():
+    """√(2 ln n) standard deviations of 2 %: eight devices are where rates were read, one is a little better off."""
+    assert slowest_of(8) == 1
+    assert slowest_of(1) == pytest.approx(1 / (1 + 0.02 * 2.0393), rel=1e-4)
+    assert slowest_of(1024) == pytest.approx((1 + 0.02 * 3.7233) / (1 + 0.02 * 2.0393), rel=1e-4)
+    job = Job(GPT, 2048, Layout(dp=8), 1, 1)
+    few, many = (step_time(replace(job, layout=Layout(dp=n)), Cluster(A100, n)) for n in (8, 512))
+    assert many.parts["compute"] / few.parts["compute"] == pytest.approx(slowest_of(512))
+    assert many.parts["memory_bound"] == pytest.approx(few.parts["memory_bound"])
 
 
 # ---- schedules

@@ -231,3 +231,13 @@ def attention_seconds(rates: Rates, flops: Count, S: Count, head: float, backwar
 def stream_seconds(rates: Rates, n_bytes: Count, kernels: Count = 1) -> Seconds:
     """Seconds of ``kernels`` elementwise or reducing kernels that move ``n_bytes`` together."""
     return n_bytes / rates.bytes_per_s + kernels * rates.gap_seconds
+
+
+def slowest_of(devices: Count) -> Any:
+    """Seconds of the slowest of so many devices over those of the slowest of the eight that rates were read on.
+
+    Chips of one name differ in the clock they hold at one power, and all wait for the slowest: of n drawn from a normal
+    distribution it lies about √(2 ln n) deviations out.
+    """
+    spread = coefficient("clock_spread")
+    return (1 + spread * np.sqrt(2 * np.log(devices))) / (1 + spread * np.sqrt(2 * np.log(8)))

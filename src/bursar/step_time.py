@@ -26,6 +26,7 @@ from bursar.efficiency import (
     matmul_seconds,
     product_dtype,
     rates,
+    slowest_of,
     stream_seconds,
 )  # fmt: skip
 from bursar.frameworks import Framework, framework
@@ -683,7 +684,8 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     send = np.where(pp > 1, 2 * chunks * send_seconds(links, sent, c["tp"] * c["cp"] * c["dp"]), 0.0)
     send = send * np.where(chunks > 1, 1 - habits.overlap_parameters * coefficient("interleaved_send_hidden"), 1.0)
     bubble = np.where(single, 0.0, bubble_seconds(lay.schedule, pp, chunks, slowest, whole + pp * send))
-    parts = {k: M * v for k, v in busy.items()}
+    slower = slowest_of(pp * c["tp"] * c["cp"] * c["dp"])
+    parts = {k: M * v * (slower if k in ("compute", "attention") else 1.0) for k, v in busy.items()}
     parts["pp_send"] = M * send
     parts["bubble"] = np.maximum(bubble - send, 0.0)
     done = _data_parallel(job, habits, c, links, speed, held, (_total(B) + _total(R)) * most)
