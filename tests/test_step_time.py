@@ -221,7 +221,7 @@ def test_sharded_parameters_are_gathered_for_every_micro_batch():
 
 
 def test_gathering_parameter_by_parameter_costs_a_ring_s_steps_each_time():
-    """Small messages on many ranks: sixteen calls a layer wait sixteen times as long as one; one rank waits for none."""
+    """Small messages on many ranks: sixteen calls a layer wait sixteen times as long; one rank waits for none."""
     big, alone = (
         [
             step_time(Job(GPT, 2048, Layout(dp=n, zero_stage=3), 1, 1, "fp16", framework=f), Cluster(A100, n)).parts[

@@ -383,18 +383,21 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
         plain = e == 4 or (max(dqk % 8, dv % 8) and "fp32" in x.rates.ceilings)
         dtype = product_dtype(x.rates.device, "fp32" if plain else "bf16")
         dropout = x.habits.dropout
-        for passes in (p.forward,):
-            passes.product(dtype, rows, S, dqk, groups, e)
-            passes.stream(2 * e * scores)  # mask and softmax in one
-            if dropout:
-                passes.stream((2 * e + 1) * scores)
-            passes.product(dtype, rows, dv, S, groups, e)
-            passes.stream(2 * x.n * model.value_width / tp * e)  # tokens together again
+        p.forward.product(dtype, rows, S, dqk, groups, e)
+        p.forward.stream(2 * e * scores)  # mask and softmax in one
+        if not x.fused:  # scale and mask by themselves
+            p.forward.stream(4 * e * scores, 2)
+        if dropout:
+            p.forward.stream((2 * e + 1) * scores)
+        p.forward.product(dtype, rows, dv, S, groups, e)
+        p.forward.stream(2 * x.n * model.value_width / tp * e)  # tokens together again
         p.backward.product(dtype, S, dv, rows, groups, e)
         p.backward.product(dtype, rows, S, dv, groups, e)
         if dropout:
             p.backward.stream((2 * e + 1) * scores)
         p.backward.stream(3 * e * scores)
+        if not x.fused:
+            p.backward.stream(4 * e * scores, 2)
         p.backward.product(dtype, rows, dqk, S, groups, e)
         p.backward.product(dtype, S, dqk, rows, groups, e)
         p.backward.stream(4 * x.n * model.query_width / tp * e, 3)
@@ -933,13 +936,11 @@ def _data_parallel(
     if habits.overlap_parameters:
         hidden = np.minimum(gather, backward / 2)
         gather = gather - hidden + slow * hidden
-    tied = np.where(
-        (c["pp"] > 1) & job.model.tied_embeddings,
-        collective_seconds(
-            links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain
-        ),
-        0.0,
-    )
+    # the first stage and the last hold a tied table each, and add their gradients
+    apart = stride * group * np.maximum(c["pp"] - 1, 1)
+    table = job.model.vocab_size * job.model.d_model / c["tp"] * g
+    shared = (c["pp"] > 1) & job.model.tied_embeddings
+    tied = np.where(shared, collective_seconds(links, "all_reduce", table, 2, apart), 0.0)
     return {"dp": np.where(stage >= 3, 0.0, reduce + gather + tied)}
 
 

@@ -266,7 +266,7 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
 
 
 def _habits(cell: _Cells) -> Framework:
-    """The framework's row; for one that has none, the habits of its kind: sharded like FSDP, or like Megatron."""
+    """The framework's row; for one that has none, its kind's: sharded like FSDP, on one device, or like Megatron."""
     name = cell.text("framework")
     sharded = cell.text("zero_stage") == "3" or cell.count("fsdp", 1) > 1
     if sharded and "deepspeed" in name.lower():
@@ -274,7 +274,7 @@ def _habits(cell: _Cells) -> Framework:
     try:
         return framework(name)
     except UnknownName:
-        like = framework("fsdp" if sharded else "megatron")
+        like = framework("fsdp" if sharded else "plain" if cell.count("n_gpus", 0) == 1 else "megatron")
         cell.assumed.append(f"what {name or 'an unnamed framework'} does by default is taken from {like.title}")
         return like
 
