@@ -235,6 +235,16 @@ def test_gathering_parameter_by_parameter_costs_a_ring_s_steps_each_time():
     assert alone == [0, 0]
 
 
+def test_dualpipe_hides_the_experts_exchange():
+    layout = Layout(8, 1, 2, ep=8, virtual_stages=2, schedule="interleaved")
+    job = Job(MIXTURE, 4096, layout, 1, 8)
+    shown, hidden = (
+        step_time(replace(job, layout=replace(layout, schedule=s)), Cluster(H100, 16)).parts["ep"]
+        for s in ("interleaved", "dualpipev")
+    )
+    assert hidden == pytest.approx(0.2 * shown)
+
+
 def test_a_small_model_in_eager_mode_waits_for_the_host_and_a_graph_does_not():
     tiny = replace(GPT, d_model=256, n_heads=4, n_kv_heads=4, head_dim=64, d_ff=1024)
     job = Job(tiny, 256, Layout(), 1, 1, framework="megatron")

@@ -482,7 +482,9 @@ def _mixture(x: _Context, p: _Passes) -> None:
         p.forward.stream(coefficient("sort_bytes") * own * E, 6)
     # padding every expert to a capacity goes with the plain exchange, which sends every copy
     move = dispatch_seconds(x.links, own * D * e, x.ep, k, not dropping)
-    shown = 1.0 - coefficient("ep_overlap_hidden") if "ep_overlap" in x.job.flags else 1.0
+    # DualPipe runs one micro-batch's exchange beside another's products: that is what it is for
+    hides = "ep_overlap" in x.job.flags or x.job.layout.schedule == "dualpipev"
+    shown = 1.0 - coefficient("ep_overlap_hidden") if hides else 1.0
     p.forward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     p.backward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     inner = 2 if model.gated_mlp else 1
