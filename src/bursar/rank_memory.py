@@ -568,6 +568,9 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     if "bf16_states" in job.flags:
         parameter, gradient, other_state = 2.0, 2.0, other_state / 2
         matrix_state = matrix_state if "8bit" in job.optimizer else matrix_state / 2
+        trained = trained / 2
+    if "8bit" in job.optimizer or "fused_update" in job.flags:  # one kernel, in place: no lists of temporaries
+        trained = 0.0
     if "offload_states" in job.flags:  # and their update with them
         matrix_state = other_state = trained = 0.0
     if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
@@ -575,7 +578,9 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     parameters = held(3, parameter, parameter)
     gradients = held(2, gradient, gradient)
     states = held(1, matrix_state, other_state)
-    elements = held(1, trained, trained)
+    if "finetune_lora" in job.flags:  # the adapters are small beside what they adapt, which is frozen
+        gradients, states = 0 * gradients, 0 * states
+    elements = held(1, trained, trained) * ("finetune_lora" not in job.flags)
     # ---- activations
     T = job.micro_batch * job.seq_len / lay.cp
     x = T * model.d_model / _sequence(job) * e
