@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bursar
+from bursar.hardware import cluster
 from bursar.ledger import Ledger
 from bursar.memory import CLASSES
 from bursar.modules import shares
+from bursar.plan import model, search
 from bursar.report import figures, plot
 from bursar.report.html import markup, notebook, page, plots
 from bursar.report.html.markup import Markup, asset, document, tag, text
@@ -308,7 +310,7 @@ def _named(folder, names):
     (folder / "named.py").write_text(MODEL.format(nasty=names, makes=""))
     step = bursar.step(f"{folder}/named.py:make", on="h100-sxm")
     assert {r.module.removesuffix(".layer") for r in step.recorded} >= set(names)
-    return step
+    return dataclasses.replace(step, model=dataclasses.replace(step.model, name=" ".join(names)))
 
 
 def pages(step):
@@ -399,8 +401,29 @@ def test_a_forecast_s_view_adds_up():
     assert "fits" in priced._repr_html_()
 
 
-def test_an_empty_ledger_has_a_view():
+def test_an_empty_ledger_has_a_view_and_a_page():
     assert "0 B" in Ledger([], [], [])._repr_html_()
+    assert 'data-peak-bytes="0"' in page.render(Ledger([], [], []))
+    assert repr(Ledger([], [], [])) == "<Ledger of a step: 0 ops, 0 FLOP, peak 0 B>"
+
+
+def test_a_ledger_s_repr_is_a_line():
+    assert repr(ledger("gpt2")) == "<Ledger gpt2: 644 ops, 6.54 TFLOP, peak 9.44 GB>"
+
+
+def test_a_plan_has_a_view_whether_or_not_there_is_one():
+    question = search.Question(model.read("gpt2")[0], seq_len=1024, batch=512)
+    plan = search.search(question, [cluster("8xh100-sxm")], top=3)
+    found = Elements(plan._repr_html_())
+    assert len([n for n, _ in found.found if n == "tr"]) == 1 + 3
+    none = dataclasses.replace(plan, layouts=(), nearest="<b>", rejected={"</td>memory": 3})
+    assert {n for n, _ in Elements(none._repr_html_()).found} <= {n for n, _ in found.found}
+
+
+def test_names_as_long_as_anyone_likes_do_not_make_a_page_long():
+    step = ledger("cruncher")
+    rows = [r._replace(module="x" * 20_000 + ".layer") for r in step.rows]
+    assert len(page.render(dataclasses.replace(step, rows=rows), None).encode()) < 300_000
 
 
 def test_a_view_loads_no_polars():

@@ -13,7 +13,7 @@ from bursar.reconcile import Measured, Part, Reconciliation
 from bursar.report import figures
 from bursar.report.gradients import layers
 from bursar.report.html import plots
-from bursar.report.html.markup import Markup, document, join, tag
+from bursar.report.html.markup import Markup, clipped, document, join, tag
 from bursar.report.html.parts import (
     CELLS,
     Cell,
@@ -222,7 +222,7 @@ def _memory(s: Subject) -> Section:
 
 def _where_row(ledger: Ledger, row: int) -> str:
     at = ledger.recorded[row]
-    return f"{at.phase}, {at.op}" + (f" in {at.module}" if at.module else "")
+    return f"{at.phase}, {at.op}" + (f" in {clipped(at.module)}" if at.module else "")
 
 
 def _peak_words(ledger: Ledger) -> str:
@@ -230,7 +230,7 @@ def _peak_words(ledger: Ledger) -> str:
     if not ledger.rows:
         return f"The peak is {memory.peak_bytes:,} bytes."
     row = ledger.rows[memory.peak_row]
-    where = f" in {row.module}" if row.module else ""
+    where = f" in {clipped(row.module)}" if row.module else ""
     largest = max(CLASSES, key=lambda c: memory.at_peak[c])
     share = format_share(memory.at_peak[largest] / max(1, memory.peak_bytes))
     return (
@@ -272,7 +272,7 @@ def _held(ledger: Ledger) -> Markup:
     shown, rest = found[:10], found[10:]
     rows: list[Row] = [
         [
-            h.module or "(outside modules)",
+            clipped(h.module) or "(outside modules)",
             Cell(join((swatch(f"c-{h.memory_class}"), h.memory_class.replace("_", " "))), h.memory_class),
             _amount(h.n_bytes),
             _share(h.n_bytes / whole),
@@ -562,7 +562,7 @@ def _modules(s: Subject) -> Section:
         return [*cells, _seconds(values[3])] if timed else cells
 
     shown, rest = found[:CELLS], found[CELLS:]
-    rows = [row(label(m.module, m.copies), m.module, m.copies, _together([m])) for m in shown]
+    rows = [row(clipped(label(m.module, m.copies)), clipped(m.module), m.copies, _together([m])) for m in shown]
     if rest:
         rows.append(row(f"{len(rest)} more", "", sum(m.copies for m in rest), _together(rest)))
     columns = [
@@ -664,8 +664,8 @@ def _gradients(ledger: Ledger) -> Section:
     found = layers(ledger)
     rows: list[Row] = [
         [
-            x.module or "(model)",
-            Cell(x.shapes),
+            clipped(x.module) or "(model)",
+            Cell(clipped(x.shapes)),
             Cell(x.formula),
             Cell(format_flops(x.forward), x.forward),
             Cell(format_flops(x.d_input) if x.d_input else "none", x.d_input),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bursar.memory import CLASSES
 from bursar.report.figures import Cell, Course, Ops
-from bursar.report.html.markup import Markup, join, tag
+from bursar.report.html.markup import Markup, clipped, join, tag
 from bursar.units import format_bytes, format_flops, format_rate, format_seconds, format_share
 
 STACK = ("parameters", "buffers", "optimizer_state", "inputs", "gradients", "activations", "temporary")  # from below
@@ -195,7 +195,7 @@ def moments(course: Course, where: Callable[[int], str]) -> list[str]:
             when = f"op {moment.row + 1} of {course.ops}"
         else:
             when = format_seconds(course.seconds * moment.at) if moment.at else "0 s"
-        what = f"{when}, {where(moment.row)}" if moment.row >= 0 else "before the step"
+        what = f"{when}, {where(moment.row)}" if 0 <= moment.row < course.ops else "before the step"
         live = sorted(((n, c) for n, c in zip(moment.live, CLASSES, strict=True) if n), reverse=True)
         parts = ", ".join(f"{c.replace('_', ' ')} {format_bytes(n)}" for n, c in live)
         found.append(f"{what}: {format_bytes(moment.total)} live ({parts})")
@@ -224,10 +224,11 @@ def squarify(values: Sequence[float], box: Box) -> list[Box]:
         if rest and (not row or _worst([*row, rest[0]], side) <= _worst(row, side)):
             row.append(rest.pop(0))
             continue
-        thick = math.fsum(row) / side if side else 0.0
+        area_of_row = math.fsum(row)
+        thick = min(area_of_row / side, max(box.width, box.height)) if side else 0.0
         along = 0.0
         for area in row:
-            length = area / thick if thick else 0.0
+            length = side * (area / area_of_row)  # not area / thick: what is left of a box may be all rounding error
             found.append(
                 Box(box.x, box.y + along, thick, length)
                 if box.width >= box.height
@@ -325,7 +326,7 @@ def _fewer(groups: list[tuple[str, list[Cell]]], most: int) -> list[tuple[str, l
 
 
 def _cell(cell: Cell, box: Box, tone: str, write: Callable[[float], str], whole: float) -> Markup:
-    name = ".".join(part for part in (cell.group, cell.name) if part)
+    name = clipped(".".join(part for part in (cell.group, cell.name) if part))
     each = f", {cell.copies} alike, {write(cell.value / cell.copies)} each" if cell.copies > 1 and cell.name else ""
     share = format_share(cell.value / whole)
     said = f"{name}: {write(cell.value)}, {share}{each}"
@@ -475,7 +476,7 @@ def _named(o: Ops, place: tuple[float, float], r: float, frame: Box, taken: list
 
 def place_of(o: Ops) -> str:
     """The module of ops alike, or what stands for one."""
-    return o.module or ("optimizer step" if o.phase == "optimizer" else "(outside modules)")
+    return clipped(o.module) or ("optimizer step" if o.phase == "optimizer" else "(outside modules)")
 
 
 def ratio(x: float) -> str:
