@@ -282,10 +282,15 @@ class Ledger:
         )
 
     def on(self, name: str) -> Forecast:
-        """This step priced on an accelerator or cluster of the catalogue (``"h100-sxm"``, ``"8xh100-sxm"``).
+        """This step priced on an accelerator or cluster of the catalogue (``"h100-sxm"``, ``"8xh100-sxm"``), or on this
+        machine (``"local"``) as `bursar bench` measured it; then it must have been traced with ``on="local"``.
 
-        Raises UnknownName naming the nearest known.
+        Raises UnknownName naming the nearest known, NotCalibrated for a machine that was not measured.
         """
+        if name == "local":
+            from bursar import machine, pricing
+
+            return pricing.local(self, machine.current()).forecast
         from bursar.hardware import cluster
         from bursar.roofline import forecast
 

@@ -67,7 +67,7 @@ def notebook(plan: Plan) -> str:
 
 def _title(plan: Plan) -> str:
     by = {"time": "time", "cost": "cost", "memory": "memory left"}[plan.by]
-    return f"By {by}: the first {len(plan.layouts)} of {plan.feasible:,} that fit, {plan.searched:,} searched"
+    return f"By {by}: the first {len(plan.layouts)}; {plan.feasible:,} fit of {plan.searched:,} searched"
 
 
 def _columns(plan: Plan, several: bool) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
