@@ -24,6 +24,7 @@ from bursar.ledger import Ledger
 from bursar.memory import CLASSES
 from bursar.modules import shares
 from bursar.plan import model, search
+from bursar.reconcile import Expected, Measured, reconcile
 from bursar.report import figures, plot
 from bursar.report.html import markup, notebook, page, plots
 from bursar.report.html.markup import Markup, asset, document, tag, text
@@ -147,6 +148,22 @@ def test_a_measured_step_has_both_books(tmp_path, capsys):
     assert source.count("✓ balances") == len(said["lines"]) == 3
 
 
+def test_books_that_could_not_be_judged_say_so_and_forecast_seconds_stand_beside_the_measured():
+    step = ledger("cruncher")
+    spans = (2e-5,) * len(step)
+    measured = Measured(
+        "cpu", "a <machine>", 368, 368, step.memory.peak_bytes, (1e-3, 2e-3, 3e-3), 1e-3, spans, spans=spans
+    )
+    found = reconcile(step, measured, Expected(1e-3, (1e-5,) * len(step)))
+    lines = tuple(dataclasses.replace(x, judged=False) if x.unit == "s" else x for x in found.lines)
+    source = page.render(step, measured=measured, found=dataclasses.replace(found, lines=lines))
+    assert 'id="beside-kind"' in source
+    assert "not judged" in source
+    assert source.count("✓ balances") == 3
+    assert "a &lt;machine&gt;" in source
+    assert "✗" in page.render(step, measured=measured, found=found)  # 1 ms was forecast, 2 ms were measured
+
+
 # ---- what pictures are made of
 
 
@@ -232,6 +249,19 @@ def test_a_point_on_the_roofline_stands_where_its_bounds_put_it():
     roof = re.findall(r"[\d.]+", drawn.find("{*}path").get("d"))
     assert circle.get("cy") == roof[3]  # 2e6 FLOP in 4 s is the peak, 5e5 FLOP/s: it lies on the flat roof
     assert float(circle.get("cx")) > float(roof[2])  # right of the ridge, 500 FLOP/B
+
+
+def test_ops_forecast_by_themselves_stand_below_the_roof_and_keep_their_seconds():
+    step = ledger("cruncher")
+    plain = step.on("h100-sxm")
+    rows = tuple(2.0 * s for s in figures.row_seconds(step, plain))
+    calibrated = dataclasses.replace(plain, row_seconds=rows, seconds=math.fsum(rows), basis="calibrated")
+    assert figures.row_seconds(step, calibrated) == list(rows)
+    ops = figures.merged(step, calibrated)
+    assert math.fsum(o.forecast_seconds for o in ops) == pytest.approx(math.fsum(rows))
+    assert all(o.seconds == o.forecast_seconds > o.roofline_seconds for o in ops)
+    assert "forecast time" in page.render(step, calibrated)
+    assert "forecast time" not in page.render(step, plain).replace("by forecast time", "")
 
 
 # ---- how it looks to those who see other colours

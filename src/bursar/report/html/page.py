@@ -341,7 +341,8 @@ def _where(s: Subject) -> Section | None:
 def _time(ops: Sequence[figures.Ops], forecast: Forecast) -> Section:
     device = forecast.cluster.accelerator
     silent = [o for o in ops if not o.flops]
-    whole = sum(o.roofline_seconds for o in ops) or 1.0
+    whole = sum(o.seconds for o in ops) or 1.0
+    priced = any(o.forecast_seconds is not None for o in ops)
     parts = [
         (f"b-{k}", v, f"{k} {format_seconds(v)}, {format_share(v / forecast.seconds)}")
         for k, v in forecast.bound_by.items()
@@ -375,13 +376,19 @@ def _time(ops: Sequence[figures.Ops], forecast: Forecast) -> Section:
         rows.append([c.op.replace("_", "-"), Cell(format_bytes(c.bytes)), sent])
     left_out = (
         f" {_times(sum(o.calls for o in silent), 'call')} without FLOPs (copies, lookups, fills) have no place here: "
-        f"{format_share(sum(o.roofline_seconds for o in silent) / whole)} of the roofline time."
+        f"{format_share(sum(o.seconds for o in silent) / whole)} of the time."
         if silent
         else ""
     )
     caption = (
-        "Each mark is a group of calls alike, where the device's bounds let it stand: on the slope memory binds, on "
-        "the flat roof the arithmetic units do. Area is time." + left_out
+        "Each mark is a group of calls alike, "
+        + (
+            "where the forecast of its ops puts it below the roof"
+            if priced
+            else "where the device's bounds let it stand"
+        )
+        + ": under the slope memory binds, under the flat roof the arithmetic units do. Area is time."
+        + left_out
     )
     return section(
         "time",
@@ -411,8 +418,12 @@ def _time(ops: Sequence[figures.Ops], forecast: Forecast) -> Section:
     )
 
 
+def _clock(ops: Iterable[figures.Ops]) -> str:
+    return "forecast time" if any(o.forecast_seconds is not None for o in ops) else "roofline time"
+
+
 def _ops(ops: Sequence[figures.Ops]) -> Markup:
-    whole = sum(o.roofline_seconds for o in ops) or 1.0
+    whole = sum(o.seconds for o in ops) or 1.0
     rows: list[Row] = [
         [
             Cell(o.op.removeprefix("aten."), o.op),
@@ -424,16 +435,16 @@ def _ops(ops: Sequence[figures.Ops]) -> Markup:
                 f"{o.intensity:.3g}" if o.flops and o.moved_bytes else "",
                 o.intensity if o.flops and o.moved_bytes else None,
             ),
-            Cell(o.bound if o.roofline_seconds else ""),
-            _seconds(o.roofline_seconds),
-            _share(o.roofline_seconds / whole),
+            Cell(o.bound if o.seconds else ""),
+            _seconds(o.seconds),
+            _share(o.seconds / whole),
         ]
         for o in ops[:OPS]
     ]
     rest = ops[OPS:]
     foot: Row | None = None
     if rest:
-        time = sum(o.roofline_seconds for o in rest)
+        time = sum(o.seconds for o in rest)
         foot = [
             f"{len(rest)} shorter",
             "",
@@ -453,7 +464,7 @@ def _ops(ops: Sequence[figures.Ops]) -> Markup:
         Column("calls", minor=True),
         Column("FLOP/B", minor=True),
         Column("bound by", number=False, minor=True),
-        Column("roofline time"),
+        Column(_clock(ops)),
         Column("share"),
     )
     return table(
@@ -475,9 +486,10 @@ def _measurement(s: Subject) -> Section | None:
         return None
     rows: list[Row] = []
     for line in found.lines:
-        *shown, _ = line_cells(line)
-        good = tag("span", "✓ balances" if line.balances else "✗ does not", class_="yes" if line.balances else "no")
-        rows.append([*shown, Cell(good)])
+        *shown, verdict = line_cells(line)
+        mark, how = ("✗", "no") if not line.balances else ("✓", "yes") if line.judged else ("", "soft")
+        words = f"{mark} {verdict or 'balances'}".strip()
+        rows.append([*shown, Cell(tag("span", words, class_=how))])
     columns = (
         Column("figure", number=False),
         Column("forecast"),
@@ -499,7 +511,8 @@ def _measurement(s: Subject) -> Section | None:
         table("books", f"Both books of one step, run on {measured.name}", columns, rows, sort=False),
         tag("p", words),
         tag("p", measured.busy, class_="no") if measured.busy else None,
-        _list(causes) if causes else None,
+        _list([*causes, *measured.notes]) if causes or measured.notes else None,
+        *_beside(found),
         tag("h3", "Where the measured time went"),
         _parts("measured-kinds", "kind", "By kind, one profiled step", found.by_kind),
         _parts("measured-modules", "module", "By module", found.by_module, search="Search measured modules"),
@@ -509,11 +522,39 @@ def _measurement(s: Subject) -> Section | None:
     )
 
 
+def _beside(found: Reconciliation) -> Iterator[Markup]:
+    """Forecast and measured seconds of each part, the largest differences first, where there was a forecast."""
+    columns = (
+        Column("part", number=False),
+        Column("forecast"),
+        Column("measured"),
+        Column("difference"),
+        Column("allocates", minor=True),
+        Column("measured", minor=True),
+    )
+    for what, parts in (("kind", found.by_kind), ("phase", found.by_phase), ("module", found.by_module)):
+        if not any(p.forecast_seconds is not None for p in parts):
+            continue
+        rows: list[Row] = [
+            [
+                clipped(p.name),
+                _seconds(p.forecast_seconds or 0.0),
+                _seconds(p.span_seconds),
+                Cell(("+" if p.difference >= 0 else "−") + format_seconds(abs(p.difference)), p.difference),
+                _amount(p.allocated_bytes),
+                _amount(p.measured_bytes) if p.measured_bytes is not None else Cell(""),
+            ]
+            for p in parts[:CELLS]
+        ]
+        caption = f"Seconds by {what}, the largest differences first; measured with the calls around the ops"
+        yield table(f"beside-{what}", caption, columns, rows)
+
+
 def _parts(id_: str, what: str, caption: str, parts: Sequence[Part], search: str = "") -> Markup:
     whole = sum(p.seconds for p in parts) or 1.0
     rows: list[Row] = [
         [
-            p.name,
+            clipped(p.name),
             _seconds(p.seconds),
             _share(p.seconds / whole),
             Cell(format_flops(p.flops) if p.flops else "", p.flops),
@@ -612,7 +653,7 @@ def _kinds(s: Subject) -> Section:
             _amount(k.moved_bytes),
             _share(k.moved_bytes / moved),
         ]
-        rows.append([*cells, _seconds(k.roofline_seconds)] if s.forecast is not None else cells)
+        rows.append([*cells, _seconds(k.seconds)] if s.forecast is not None else cells)
     columns = [
         Column("kind", number=False),
         Column("calls", minor=True),
@@ -622,7 +663,7 @@ def _kinds(s: Subject) -> Section:
         Column("share", minor=True),
     ]
     if s.forecast is not None:
-        columns.append(Column("roofline time"))
+        columns.append(Column(_clock(s.ops)))
     flop = ledger.flops
     phases = [
         ("forward", flop.forward),

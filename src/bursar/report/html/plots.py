@@ -366,15 +366,15 @@ def roofline(
     most: int = 200,
     device: str = "",
 ) -> Markup:
-    """Ops by arithmetic intensity and the FLOP/s that the device's bounds leave them; a mark's area is its time.
+    """Ops by arithmetic intensity and the FLOP/s they reach; a mark's area is its time.
 
     ``peaks`` are dense FLOP/s by dtype: a roof is drawn for each dtype that is multiplied in. Ops without FLOPs have no
-    place here; the ``most`` longest are drawn.
+    place here; the ``most`` longest are drawn. Those not forecast by themselves stand on the roof, their bound.
     """
-    drawn = [o for o in ops if o.flops and o.roofline_seconds and math.isfinite(o.intensity)][:most]
+    drawn = [o for o in ops if o.flops and o.seconds and math.isfinite(o.intensity)][:most]
     used = {o.dtype: peaks[o.dtype] for o in drawn if _GROUPS.get(o.kind) == "products" and o.dtype in peaks}
     used = used or dict(list(peaks.items())[:1])
-    reached = [o.flops / o.roofline_seconds for o in drawn]
+    reached = [o.flops / o.seconds for o in drawn]
     ridge = max(used.values(), default=1.0) / bytes_per_s
     low_x = math.floor(math.log10(min([o.intensity for o in drawn] + [ridge / 100])))
     high_x = math.ceil(math.log10(max([o.intensity for o in drawn] + [ridge * 5])))
@@ -422,16 +422,16 @@ def roofline(
         right, wide = frame.x + frame.width - 4, _wide(words, 12)
         taken.append(Box(right - wide, y(peak) - 18, wide, 16))
         roofs += [tag("path", d=path, class_="roof"), _text(right, y(peak) - 6, words, "halo", "end")]
-    whole = math.fsum(o.roofline_seconds for o in ops) or 1.0
+    whole = math.fsum(o.seconds for o in ops) or 1.0
     largest = (width / 18) ** 2
     marks, names, placed = [], list[Markup](), []
     for o, rate in zip(drawn, reached, strict=True):
-        share = o.roofline_seconds / whole
+        share = o.seconds / whole
         r = max(2.5, math.sqrt(largest * share))
         place = (x(o.intensity), y(rate))
         said = (
             f"{o.op} ({o.kind}, {o.phase}) in {place_of(o)}: {o.calls:,} call{'' if o.calls == 1 else 's'}, "
-            f"{format_seconds(o.roofline_seconds)}, {format_share(share)} of the roofline time, bound by {o.bound}; "
+            f"{format_seconds(o.seconds)}, {format_share(share)} of the time, bound by {o.bound}; "
             f"{ratio(o.intensity)} FLOP/B, {format_flops(o.flops)}, {format_bytes(o.moved_bytes)}"
         )
         marks.append(
