@@ -210,6 +210,28 @@ def test_a_chapter_shows_bursars_own_output_and_names_its_sources(chapter: str):
     assert chapter == "index" or "## Sources" in text
 
 
+def claims_named(text: str) -> list[tuple[str, str]]:
+    """The claims of a chapter's table, with the verdict that stands beside each."""
+    return re.findall(r"^\| (\d+\.\d+) \|.*?\| ([a-z ]+) \|", text, re.MULTILINE)
+
+
+def wrongly_judged(text: str) -> list[str]:
+    verdicts = dict(re.findall(r"^\*\*(\d+\.\d+)\*\*.*?^- \*\*([a-z ]+)\*\*:", LECTURE.read_text(encoding="utf-8"),
+                               re.MULTILINE | re.DOTALL))  # fmt: skip
+    return [claim for claim, verdict in claims_named(text) if verdicts.get(claim) != verdict]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS[1:])
+def test_a_chapter_judges_the_notes_as_the_lecture_does(chapter: str):
+    text = (DOCS / f"{chapter}.md").read_text(encoding="utf-8")
+    assert len(claims_named(text)) >= 3
+    assert wrongly_judged(text) == []
+
+
+def test_another_verdict_in_a_chapter_would_be_noticed():
+    assert wrongly_judged("| 7.6 | costs 8.8e15 | right | |\n| 7.27 | 144 days | right | |\n") == ["7.6"]
+
+
 # ---- docs/course.md
 
 
