@@ -484,7 +484,7 @@ def _measurement(s: Subject) -> Section | None:
         Column("measured"),
         Column("error"),
         Column("within", minor=True),
-        Column("", number=False),
+        Column("verdict", number=False),
     )
     fastest, slowest = measured.spread
     rate = format_rate(measured.model_flops / measured.seconds, "FLOP")

@@ -64,7 +64,7 @@ def table(
     made = tag(
         "table",
         tag("caption", caption),
-        tag("thead", head),
+        tag("thead", head) if any(c.title for c in columns) else None,
         tag("tbody", *body),
         tag("tfoot", tag("tr", *_cells(columns, foot))) if foot is not None else None,
         id=id_,
