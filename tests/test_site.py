@@ -15,6 +15,7 @@ from test_readme import READMES, blocks
 pytest.importorskip("zensical", reason="the docs site is built with the extra docs")
 
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_the_chapters_stand_in_the_lectures_order():
 
 
 def test_every_page_of_docs_stands_in_the_navigation():
-    assert {p.relative_to(ROOT).as_posix() for p in DOCS} <= {page for _, _, page in entries()}
+    assert {p.relative_to(ROOT).as_posix() for p in (*DOCS, *NOTEBOOKS)} <= {page for _, _, page in entries()}
 
 
 def test_every_entry_is_a_page_with_its_title(site: Path):
