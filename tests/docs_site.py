@@ -366,7 +366,7 @@ site_name = "bursar"
 site_description = "What a deep-learning training step and a whole run cost"
 docs_dir = "source"
 site_dir = "site"
-use_directory_urls = false  # opens from disk
+use_directory_urls = false  # opens from disk; the search wants a server
 nav = NAV
 
 [project.markdown_extensions.tables]
@@ -410,4 +410,5 @@ if __name__ == "__main__":
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(Path(made) / "site", target)
-    print(f"{len(list(target.rglob('*.html')))} pages in {os.path.relpath(target)}")
+    where = os.path.relpath(target)
+    print(f"{len(list(target.rglob('*.html')))} pages in {where}; with search: python -m http.server -d {where}")
