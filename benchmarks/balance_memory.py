@@ -9,14 +9,8 @@ allocator's record (`bursar.meter.memory`). The trace comes first and never sees
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
-import gc
-import os
-import platform
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,9 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bursar.meter import memory
-from bursar.trace import tracing
-from bursar.workload.resolve import resolve, tensors_in
+from bursar.workload.resolve import resolve
 
 HERE = Path(__file__).resolve().parent
 

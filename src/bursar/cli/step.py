@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from bursar.cli import common
-from bursar.errors import BadInput
+from bursar.errors import BadInput, StepFailed
 
 if TYPE_CHECKING:
     from bursar.ledger import Ledger
@@ -103,16 +105,17 @@ def step(
                    gradients=gradients, measure=measure)  # fmt: skip
     on = _with_layout(on, layout)
     if measure:
-        _measured(
-            model,
-            {"batch_size": batch_size, "seq_len": seq_len},
-            {"precision": precision, "optimizer": optimizer, "recompute": recompute, "accumulate": accumulate,
-             "zero_grad": zero_grad},
-            on,
-            json,
-            files,
-            asked,
-        )  # fmt: skip
+        with _unfinished(json):
+            _measured(
+                model,
+                {"batch_size": batch_size, "seq_len": seq_len},
+                {"precision": precision, "optimizer": optimizer, "recompute": recompute, "accumulate": accumulate,
+                 "zero_grad": zero_grad},
+                on,
+                json,
+                files,
+                asked,
+            )  # fmt: skip
         return
     with common.progress(f"tracing {model}"):
         from bursar.workload.step import step as trace
@@ -183,7 +186,7 @@ def _measured(
     with common.progress(f"measuring {model}"):
         import torch
 
-        from bursar.meter.measured import measure
+        from bursar.meter.guard import measure
         from bursar.reconcile import reconcile
         from bursar.workload.resolve import resolve
         from bursar.workload.step import step as trace
@@ -203,6 +206,21 @@ def _measured(
         common.print_page(*page.render(ledger, measured, found))
     if not found.balances:
         raise NoAnswer("the books do not balance: " + ", ".join(x.what for x in found.lines if not x.balances))
+
+
+@contextlib.contextmanager
+def _unfinished(json: bool) -> Iterator[None]:
+    """Print what was measured of a step that came to no end, before its error ends the command."""
+    try:
+        yield
+    except StepFailed as failed:
+        from bursar.report import unfinished as page
+
+        if json:
+            common.print_json(page.record(failed.ledger, failed.unfinished))
+        else:
+            common.print_page(*page.render(failed.ledger, failed.unfinished))
+        raise
 
 
 def _with_layout(on: str | None, layout: str | None) -> str | None:

@@ -138,8 +138,8 @@ def record(func: Any, args: Any, kwargs: Any) -> Answer | None:
 
     The record is the legacy profiler's: it costs microseconds, prints nothing, and refuses where another one is on.
     """
-    from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
     from torch._C._profiler import _ExperimentalConfig
+    from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 
     spans = [*_spans(args), *_spans(tuple((kwargs or {}).values()))]
     if sum(spans) > MOST_BYTES or 0 in spans:  # a workspace that is not there would be written to
