@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bursar.ledger import Ledger
@@ -11,7 +11,7 @@ from bursar.report.text import line, table
 from bursar.unfinished import Unfinished, lines
 from bursar.units import format_bytes, format_flops
 
-_WRITE = {"FLOP": format_flops, "B": format_bytes}
+_WRITE: dict[str, Callable[[float], str]] = {"FLOP": format_flops, "B": format_bytes}
 
 
 def record(ledger: Ledger, unfinished: Unfinished) -> dict[str, Any]:

@@ -264,18 +264,20 @@ WORKSPACE = "oneDNN's gates and reordered weights"
 @scratch("aten.mkldnn_rnn_layer", library=WORKSPACE)
 def recurrent(op: Op, cpu: Processor) -> int:
     """The gates of all steps, where the input's product is made for all at once; both weights in blocks."""
-    x, size = op["input"], SIZES.get(op["input"].dtype, 4)
+    x: Tensor = op["input"]
+    size = SIZES.get(x.dtype, 4)
     gates = 4 * int(op["hidden_size"])
-    weights = sum(op[name].numel for name in ("weight0", "weight1"))
+    weights = sum(int(op[name].numel) for name in ("weight0", "weight1"))
     return size * (weights + gates) + (4 * (x.numel // x.shape[-1]) * gates if size == 4 else 2**15)
 
 
 @scratch("aten.mkldnn_rnn_layer_backward", library=WORKSPACE)
 def recurrent_backward(op: Op, cpu: Processor) -> int:
     """As forward; in bf16 the gradients of the weights and of the input in fp32 beside."""
-    x, size = op["input"], SIZES.get(op["input"].dtype, 4)
+    x: Tensor = op["input"]
+    size = SIZES.get(x.dtype, 4)
     gates = 4 * int(op["hidden_size"])
-    weights = sum(op[name].numel for name in ("weight1", "weight2"))
+    weights = sum(int(op[name].numel) for name in ("weight1", "weight2"))
     if size == 4:
         return size * (weights + gates) + 4 * (x.numel // x.shape[-1]) * gates
     return (size + 4) * weights + 6 * x.numel + 2**16
