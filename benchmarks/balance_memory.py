@@ -387,33 +387,26 @@ def page(results: list[Result], threads: int) -> str:
         f"{r.error('formula'):+.3%} | {r.error('none'):+.3%} | {r.scratch} |"
         for r in results
     ]
-    return "\n".join(
-        [
-            "# The books balance: memory",
-            "",
-            f"Written by `python benchmarks/balance_memory.py`, {datetime.date.today()}: {platform.machine()} ({isa}), "
-            f"{threads} threads,",
-            f"Python {platform.python_version()}, torch {torch.__version__}, bursar {bursar.__version__}.",
-            "",
-            'Peak live bytes of a steady step: bursar\'s forecast (`on="cpu"`, traced before the step ever ran) against the CPU',
-            "allocator's own record of that step. Three ways of knowing what a kernel takes for itself: **asked**, a kernel of",
-            "oneDNN's called once on zeros of its shapes, which is the default; **formula**, nothing called; **none**, no",
-            "scratch at all,",
-            "as a bare tracker has it. torch's own kernels have formulas in both. The last column names the scratch that stands at",
-            "the peak.",
-            "",
-            f"Within 0.1 %: {within('asked', 1e-3)} of {n} asked, {within('formula', 1e-3)} by formula, {within('none', 1e-3)} without. "
-            f"Within 1 %: {within('asked', 1e-2)}, {within('formula', 1e-2)}, {within('none', 1e-2)}.",
-            f"Largest error: {max(abs(r.error('asked')) for r in results):.3%} asked, "
-            f"{max(abs(r.error('formula')) for r in results):.1%} by formula, "
-            f"{max(abs(r.error('none')) for r in results):.1%} without.",
-            "",
-            "| workload | record, B | asked, B | asked | formula | none | scratch at the peak |",
-            "|---|---:|---:|---:|---:|---:|---|",
-            *rows,
-            "",
-        ]
-    )
+    errors = {how: max(abs(r.error(how)) for r in results) for how in HOW}
+    about = f"""# The books balance: memory
+
+Written by `python benchmarks/balance_memory.py`, {datetime.date.today()}: {platform.machine()} ({isa}),
+{threads} threads, Python {platform.python_version()}, torch {torch.__version__}, bursar {bursar.__version__}.
+
+Peak live bytes of a steady step: bursar's forecast (`on="cpu"`, traced before the step ever ran) against the CPU
+allocator's own record of that step. Three ways of knowing what a kernel takes for itself: **asked**, a kernel of
+oneDNN's called once on zeros of its shapes, which is the default; **formula**, nothing called; **none**, no scratch at
+all, as a bare tracker has it. torch's own kernels have formulas in the first two. The last column names the scratch
+that stands at the peak.
+
+Within 0.1 %: {within("asked", 1e-3)} of {n} asked, {within("formula", 1e-3)} by formula, {within("none", 1e-3)} without.
+Within 1 %: {within("asked", 1e-2)}, {within("formula", 1e-2)}, {within("none", 1e-2)}. Largest error:
+{errors["asked"]:.3%} asked, {errors["formula"]:.1%} by formula, {errors["none"]:.1%} without.
+
+| workload | record, B | asked, B | asked | formula | none | scratch at the peak |
+|---|---:|---:|---:|---:|---:|---|
+"""
+    return about + "\n".join(rows) + "\n"
 
 
 def main() -> None:

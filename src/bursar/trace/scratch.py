@@ -68,6 +68,8 @@ class Scratch:
             for i in rules.CONTIGUOUS.get(op.name, ())
             if not args[i].is_contiguous()
         )
+        if op.name == _ATTENTION_BACKWARD and not args[0].transpose(1, 2).is_contiguous():
+            copied += args[0].numel() * args[0].element_size()  # it takes the heads inside the sequence
         return rules.scratch_bytes(op, self.cpu) + copied, library or "the kernel's scratch"
 
     def _ask(self, func: Any, key: Any, flops: int, args: Any, kwargs: Any) -> Answer | None:
@@ -117,6 +119,7 @@ class Scratch:
 
 
 _REDUCTION = {"aten.mse_loss": 2, "aten.smooth_l1_loss": 2, "aten.binary_cross_entropy": 3}
+_ATTENTION_BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward"
 AS_REAL = frozenset({"aten.mkldnn_rnn_layer", *_REDUCTION})
 
 
