@@ -60,7 +60,7 @@ def narrowed(question: Question, cluster: Cluster) -> Question:
         "zero_stage": (0, 1, 3),
         "fsdp": (1,),
         "virtual_stages": (1, 2, 4, 5),
-        "micro_batch": _powers(8 if cluster.count > 1 else 256),
+        "micro_batch": _powers(max(8, 512 // cluster.count)),
     }
     return replace(
         question, fixed={**few, **question.fixed}, schedules=("1f1b", "interleaved"),

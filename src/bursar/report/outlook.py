@@ -198,25 +198,19 @@ def brief(choice: Choice) -> dict[str, Figure]:
 
 def _ranges(choice: Choice) -> dict[str, tuple[float | None, float | None, float | None]]:
     """Each figure's value and its 80 % interval: time's for what grows with the step, its inverse for rates."""
-    step, interval = choice.step_seconds, choice.step_interval
-    outside = choice.device_bytes - choice.peak_bytes
-    low, high = (None, None) if interval is None else (interval[0] / step, interval[1] / step)
+    step, outside = choice.step_seconds, choice.device_bytes - choice.peak_bytes
+    low, high = (bound / step for bound in choice.step_interval)
 
     def grows(value: float | None) -> tuple[float | None, float | None, float | None]:
-        if value is None or low is None or high is None:
-            return value, None, None
-        return value, value * low, value * high
+        return (None, None, None) if value is None else (value, value * low, value * high)
 
     def shrinks(value: float, most: float) -> tuple[float | None, float | None, float | None]:
-        if low is None or high is None:
-            return value, None, None
         return value, value / high, min(most, value / low)
 
-    peak = choice.peak_interval
-    memory = (None, None) if peak is None else (peak[0] + outside, peak[1] + outside)
+    memory = tuple(bound + outside for bound in choice.peak_interval)
     return {
         "time": grows(choice.seconds), "usd": grows(choice.usd), "mfu": shrinks(choice.mfu, 1.0),
-        "memory": (choice.device_bytes, *memory), "step": grows(step), "hours": grows(_gpu_hours(choice)),
+        "memory": (choice.device_bytes, memory[0], memory[1]), "step": grows(step), "hours": grows(_gpu_hours(choice)),
         "kwh": grows(choice.kwh), "rate": shrinks(choice.tokens_per_gpu_second, math.inf),
     }  # fmt: skip
 
