@@ -1,6 +1,6 @@
 """The page of `bursar ui` under load: what a moved slider takes, a hundred clients at once, memory, sizes.
 
-    python benchmarks/ui.py [SECONDS]        prints the table of benchmarks/ui.md; 30 seconds of load by default
+    python benchmarks/ui.py [--seconds 30] [--write]
 
 The clients run in this process and the page in its own, on the same machine: what they take from each other is in the
 figures.
@@ -8,8 +8,12 @@ figures.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import datetime
 import http.client
+import os
+import platform
 import re
 import signal
 import subprocess
@@ -36,7 +40,7 @@ REGRET = (
 )  # fmt: skip
 
 
-def quantile(values: list[float], q: float) -> float:
+def ms(values: list[float], q: float) -> float:
     """The q-quantile, in milliseconds."""
     return sorted(values)[min(len(values) - 1, int(q * len(values)))] * 1e3
 
@@ -45,6 +49,12 @@ def held(pid: int, what: str = "VmRSS") -> float:
     """Megabytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(re.search(rf"{what}:\s+(\d+)", status)[1]) * 1024 / 1e6
+
+
+def spent(pid: int) -> float:
+    """Seconds of processor time."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def one_by_one(port: int, paths: tuple[str, ...]) -> list[float]:
@@ -107,37 +117,68 @@ def regret() -> list[tuple[str, int, int, float]]:
     return found
 
 
-def main(seconds: float = 30.0) -> None:
-    """Print the table."""
+def sizes(port: int) -> tuple[int, int]:
+    """Bytes of the page with all it asks for, and how many requests that is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+    def got(path: str) -> bytes:
+        connection.request("GET", path)
+        return connection.getresponse().read()
+
+    page = got("/")
+    files = [got(path) for path in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.decode())]
+    connection.close()
+    return len(page) + sum(map(len, files)), 1 + len(files)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--write", action="store_true", help="write the tables to benchmarks/ui.md")
+    args = parser.parse_args()
     command = [sys.executable, "-m", "bursar", "ui", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline().rsplit(":", 1)[1].strip(" /\n"))
         start = held(process.pid)
-        one_by_one(port, ("/",))
+        size, requests = sizes(port)
+        before = spent(process.pid)
         fresh = one_by_one(port, tuple(f"/part?{state}" for state in FRESH))
+        cpu = (spent(process.pid) - before) / len(FRESH)
         again = one_by_one(port, tuple(f"/part?{state}" for state in FRESH))
-        took, errors = asyncio.run(crowd(port, seconds))
+        took, errors = asyncio.run(crowd(port, args.seconds))
         most = held(process.pid, "VmHWM")
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(30)
-    print("| what | figure | goal |\n|---|---|---|")
-    print(
-        f"| moved slider, not asked before: median, 99 % | {quantile(fresh, 0.5):.0f}, {quantile(fresh, 0.99):.0f} ms | 100 ms |"
-    )
-    print(
-        f"| moved slider, asked before: median, 99 % | {quantile(again, 0.5):.1f}, {quantile(again, 0.99):.1f} ms | |"
-    )
-    print(f"| {CLIENTS} clients, {seconds:g} s: requests, errors | {len(took):,}, {len(errors)} | no error |")
-    print(f"| {CLIENTS} clients: median, 99 %, longest | {quantile(took, 0.5):.0f}, {quantile(took, 0.99):.0f}, "
-          f"{max(took) * 1e3:.0f} ms | 99 % in 250 ms |")  # fmt: skip
-    print(f"| memory of the process: at the start, at most | {start:.0f}, {most:.0f} MB | 120 MB |")
-    print("\n| best usual layout against every layout | usual | every | slower by |\n|---|---:|---:|---:|")
-    for name, few, every, slower in regret():
-        print(f"| {name} | {few:,} | {every:,} | {slower:.2%} |")
+    lines = [
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
+        "the clients run on the same cores.",
+        "",
+        "| what | figure | goal |",
+        "|---|---|---|",
+        f"| moved slider, never asked before: median, 99 % | {ms(fresh, 0.5):.0f}, {ms(fresh, 0.99):.0f} ms | 100 ms |",
+        f"| the same, processor time of the page | {cpu * 1e3:.0f} ms | |",
+        f"| moved slider, asked before: median, 99 % | {ms(again, 0.5):.1f}, {ms(again, 0.99):.1f} ms | 100 ms |",
+        f"| {CLIENTS} clients, {args.seconds:g} s without a pause: replies, errors | {len(took):,}, {len(errors)} | 0 errors |",
+        f"| the same: median, 99 %, longest | {ms(took, 0.5):.0f}, {ms(took, 0.99):.0f}, {ms(took, 1):.0f} ms "
+        "| 99 % in 250 ms |",
+        f"| memory of the page's process: at the start, at most | {start:.0f}, {most:.0f} MB | 120 MB |",
+        f"| the page with all it asks for | {size / 1e3:.0f} kB, {requests} requests | 150 kB, 6 requests |",
+        "",
+        f"The clients ask for {len(STATES)} set-ups over and over, the first time included: the longest replies are those.",
+        "",
+        "| best usual layout against the best of all | usual | all | slower by |",
+        "|---|---:|---:|---:|",
+        *(f"| {name} | {few:,} | {every:,} | {slower:.2%} |" for name, few, every, slower in regret()),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.write:
+        Path(__file__).with_suffix(".md").write_text("# The page under load\n\n" + text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*(float(a) for a in sys.argv[1:2]))
+    main()
