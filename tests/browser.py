@@ -24,7 +24,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 # no sandbox, for root has none; the rest keep Chromium from asking its maker for anything
 QUIET = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-default-apps --disable-extensions --mute-audio --font-render-hinting=none"
+    "--disable-component-update --disable-sync --disable-default-apps --disable-extensions --font-render-hinting=none"
 ).split()
 
 

@@ -115,7 +115,7 @@ def shown(command: str, pattern: str) -> str:
         return f"{pattern}: {line.computed}"
     found = [line for line in run("console", command) if re.search(pattern, line)]
     assert found, f"{command} prints no line like {pattern}"
-    return " ".join(found[0].split())
+    return " ".join(found[0].replace("″", "").split())  # ″: the source is the line's above
 
 
 def row(name: str, command: str, pattern: str) -> str:

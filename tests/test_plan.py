@@ -1,4 +1,4 @@
-"""The search over layouts: nothing is left out, each layout has validate's own price, and a no says what comes nearest."""
+"""The search over layouts: nothing is left out, each layout has its price by validate's functions, and no says why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from command import ask
 
 from bursar.architecture import preset
 from bursar.errors import BadInput, NoAnswer, UnknownName
@@ -34,6 +33,7 @@ from bursar.plan.search import (
 )
 from bursar.rank_memory import rank_memory
 from bursar.step_time import step_time
+from command import ask
 
 SMALL = decoder(preset("gpt2"))
 TINY = Question(replace(SMALL, n_layers=4, n_heads=4, n_kv_heads=4), 1024, 16.0, tokens=1e9)
@@ -127,6 +127,20 @@ def test_the_ranking_is_by_what_was_asked(tiny):
     memory = search(question, [cluster("4xl4")], by="memory", top=20).layouts
     assert [c.device_bytes for c in memory] == sorted(c.device_bytes for c in memory)
     assert memory[0].device_bytes == min(c.device_bytes for c in plan.layouts)
+
+
+def test_the_best_of_each_division_is_the_first_of_it_among_all(tiny):
+    question, plan = tiny
+
+    def division(choice):
+        return tuple(int(getattr(choice.job.layout, axis)) for axis in ("dp", "tp", "pp", "cp", "ep"))
+
+    firsts = {}
+    for choice in plan.layouts:
+        firsts.setdefault(division(choice), choice.step_seconds / choice.batch_tokens)
+    distinct = search(question, [cluster("4xl4")], top=1000, distinct=True).layouts
+    assert {division(c): c.step_seconds / c.batch_tokens for c in distinct} == pytest.approx(firsts)
+    assert len(distinct) == len(firsts)
 
 
 def test_a_layout_in_the_plan_has_the_price_that_validate_would_give_it(tiny):
@@ -290,7 +304,7 @@ def test_the_page_ranks_breaks_memory_down_and_says_why_the_second_loses(capsys,
         capsys, "plan", "gpt2:L=4", "--on", "4xh100-sxm", "--tokens", "1T", "--recompute", "none", "--explain"
     )
     assert code == 0
-    for said in ("By time: the first 10 of", "Memory of the fullest rank", "comes second", "Rejected", "Assumptions"):
+    for said in ("By time: the first ", "Memory of the fullest rank", "comes second", "Rejected", "Assumptions"):
         assert said in page
     assert max(map(len, page.splitlines())) <= 80
 

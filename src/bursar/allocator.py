@@ -203,40 +203,41 @@ def _segments(
 
     ``numbers`` says which of ``n`` allocations an event is of. Addresses count from 0, segments stand in a row.
     """
-    # Blocks by number, 0 for no block: bytes (0: merged away), whether free, neighbours, and how they stand in a bin
+    # Blocks by number, 0 for no block: bytes while free (else 0), neighbours, and how they stand in a bin
     room = 2 * len(sizes) + 2
-    size_of, free, after, before, key = [0] * room, [False] * room, [0] * room, [0] * room, [0] * room
-    made = 0  # blocks
+    free, after, before, key = [0] * room, [0] * room, [0] * room, [0] * room
     bins: dict[int, list[int]] = {}  # free blocks by size, as heaps of keys; some stale
     known: list[int] = []  # the sizes in bins, sorted
     where = [0] * n  # by allocation: its block
+    larger: dict[int, int] = {}  # by allocation: the bytes of its block, where that was not split
     unsplit: list[tuple[int, int]] = []
     segments: list[tuple[int, int, int]] = []
-    top = 0
+    made = top = 0
     least_rest = ROUND_BYTES if small else SMALL_BYTES + ROUND_BYTES
-    get, push, pop = bins.get, heapq.heappush, heapq.heappop
+    number_of, rounded_address = _BLOCK, 2**_BITS // ROUND_BYTES
+    get, push, pop, insert, find = bins.get, heapq.heappush, heapq.heappop, bisect.insort, bisect.bisect_right
     for number, size in zip(numbers, sizes, strict=True):
         if size > 0:
             heap = get(size)
             while heap:
-                block = pop(heap) & _BLOCK
-                if free[block] and size_of[block] == size:  # one of just this size
-                    free[block] = False
+                block = pop(heap) & number_of
+                if free[block] == size:  # one of just this size
+                    free[block] = 0
                     where[number] = block
                     break
             else:
-                i = bisect.bisect_right(known, size)
+                i = find(known, size)
                 while i < len(known):
                     length = known[i]
                     heap = bins[length]
                     while heap:
-                        block = pop(heap) & _BLOCK
-                        if free[block] and size_of[block] == length:
+                        block = pop(heap) & number_of
+                        if free[block] == length:
                             break
                     else:
                         del known[i], bins[length]
                         continue
-                    free[block] = False
+                    free[block] = 0
                     break
                 else:
                     if small:
@@ -244,48 +245,44 @@ def _segments(
                     else:
                         length = LARGE_SEGMENT if size < LARGE_FROM else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
                     block = made = made + 1
-                    size_of[block] = length
-                    key[block] = (top // ROUND_BYTES) << _BITS | block
+                    key[block] = top * rounded_address + block
                     segments.append((number, top, length))
                     top += length
                 where[number] = block
                 rest = length - size
                 if rest >= least_rest:
                     tail = made = made + 1
-                    following = after[block]
-                    size_of[tail], free[tail], after[tail], before[tail] = rest, True, following, block
-                    key[tail] = place = key[block] + ((size // ROUND_BYTES) << _BITS) - block + tail
-                    size_of[block] = size
-                    before[following] = after[block] = tail
+                    free[tail], before[tail], after[tail] = rest, block, after[block]
+                    key[tail] = place = key[block] + size * rounded_address + tail - block
+                    before[after[block]] = after[block] = tail
                     heap = get(rest)
                     if heap is None:
                         bins[rest] = [place]
-                        bisect.insort(known, rest)
+                        insert(known, rest)
                     else:
                         push(heap, place)
                 elif rest:
+                    larger[number] = length
                     unsplit.append((number, rest))
         else:
             block = where[number]
+            size = larger.pop(number, -size) if larger else -size
             other = after[block]
             if free[other]:
-                size_of[block] += size_of[other]
-                size_of[other] = 0
-                after[block] = following = after[other]
-                before[following] = block
+                size += free[other]
+                free[other] = 0
+                other = after[block] = after[other]
+                before[other] = block
             other = before[block]
             if free[other]:
-                size_of[other] += size_of[block]
-                size_of[block] = 0
-                after[other] = following = after[block]
-                before[following] = block = other
-            else:
-                free[block] = True
-            size = size_of[block]
+                size += free[other]
+                after[other] = after[block]
+                before[after[block]] = block = other
+            free[block] = size
             heap = get(size)
             if heap is None:
                 bins[size] = [key[block]]
-                bisect.insort(known, size)
+                insert(known, size)
             else:
                 push(heap, key[block])
     return segments, unsplit, [(key[block] >> _BITS) * ROUND_BYTES for block in where]
@@ -294,31 +291,31 @@ def _segments(
 def _expandable(numbers: list[int], sizes: list[int], n: int, small: bool) -> tuple[int, int]:
     """One pool of one stream as a segment that grows: its bytes, and how often it grew. Every rest is split off."""
     room = 2 * len(sizes) + 2
-    size_of, free, after, before, key = [0] * room, [False] * room, [0] * room, [0] * room, [0] * room
-    made = 0  # blocks
+    free, after, before, key = [0] * room, [0] * room, [0] * room, [0] * room
     bins: dict[int, list[int]] = {}
     known: list[int] = []
     where = [0] * n
-    top = grown = last = 0  # the end of the segment, how often it grew, its last block
+    made = top = grown = last = 0  # blocks, the end of the segment, how often it grew, its last block
     page = SMALL_SEGMENT if small else LARGE_SEGMENT
-    get, push, pop = bins.get, heapq.heappush, heapq.heappop
+    number_of, rounded_address = _BLOCK, 2**_BITS // ROUND_BYTES
+    get, push, pop, insert, find = bins.get, heapq.heappush, heapq.heappop, bisect.insort, bisect.bisect_right
     for number, size in zip(numbers, sizes, strict=True):
         if size > 0:
             heap = get(size)
             while heap:
-                block = pop(heap) & _BLOCK
-                if free[block] and size_of[block] == size and block != last:
-                    free[block] = False
+                block = pop(heap) & number_of
+                if free[block] == size and block != last:
+                    free[block] = 0
                     where[number] = block
                     break
             else:
-                i = bisect.bisect_right(known, size)
+                i = find(known, size)
                 while i < len(known):
                     length = known[i]
                     heap = bins[length]
                     while heap:
-                        block = pop(heap) & _BLOCK
-                        if free[block] and size_of[block] == length and block != last:
+                        block = pop(heap) & number_of
+                        if free[block] == length and block != last:
                             break
                     else:
                         del known[i], bins[length]
@@ -326,64 +323,58 @@ def _expandable(numbers: list[int], sizes: list[int], n: int, small: bool) -> tu
                     break
                 else:  # the block at the end, which could grow, comes after all that fit; it stands in no bin
                     block = last
-                    if not free[block]:
+                    length = free[block]
+                    if not length:
                         block = made = made + 1
                         before[block] = last
-                        key[block] = (top // ROUND_BYTES) << _BITS | block
+                        key[block] = top * rounded_address + block
                         after[last] = last = block
-                    more = size - size_of[block]
+                    more = size - length
                     if more > 0:
                         more = -(-more // page) * page
                         top, grown = top + more, grown + 1
-                        size_of[block] += more
-                    length = size_of[block]
-                free[block] = False
+                        length += more
+                free[block] = 0
                 where[number] = block
-                if length > size:
-                    rest, following = length - size, after[block]
+                rest = length - size
+                if rest:
                     tail = made = made + 1
-                    size_of[tail], free[tail], after[tail], before[tail] = rest, True, following, block
-                    key[tail] = place = key[block] + ((size // ROUND_BYTES) << _BITS) - block + tail
-                    size_of[block] = size
-                    before[following] = after[block] = tail
+                    free[tail], before[tail], after[tail] = rest, block, after[block]
+                    key[tail] = place = key[block] + size * rounded_address + tail - block
+                    before[after[block]] = after[block] = tail
                     if block == last:
                         last = tail
                         continue
                     heap = get(rest)
                     if heap is None:
                         bins[rest] = [place]
-                        bisect.insort(known, rest)
+                        insert(known, rest)
                     else:
                         push(heap, place)
         else:
-            block = where[number]
+            block, size = where[number], -size
             other = after[block]
             if free[other]:
-                size_of[block] += size_of[other]
-                size_of[other] = 0
-                free[other] = False
-                after[block] = following = after[other]
-                before[following] = block
+                size += free[other]
+                free[other] = 0
                 if other == last:
                     last = block
+                other = after[block] = after[other]
+                before[other] = block
             other = before[block]
             if free[other]:
-                size_of[other] += size_of[block]
-                size_of[block] = 0
-                after[other] = following = after[block]
-                before[following] = other
+                size += free[other]
+                after[other] = after[block]
                 if block == last:
                     last = other
-                block = other
-            else:
-                free[block] = True
+                before[after[block]] = block = other
+            free[block] = size
             if block == last:
                 continue
-            size = size_of[block]
             heap = get(size)
             if heap is None:
                 bins[size] = [key[block]]
-                bisect.insort(known, size)
+                insert(known, size)
             else:
                 push(heap, key[block])
     return top, grown

@@ -90,7 +90,8 @@ def _ceiling(device: Accelerator, dtype: str) -> float:
     k_loop = coefficient("matmul_k_loop")
     best = 1 + k_loop / 5120  # the best shapes have K of some thousands
     if dtype == "fp32":
-        return device.peak("fp32") * coefficient("matmul_ceiling_vector")
+        power = 1.0 if device.measured_matmul_flops_per_s else min(clock_share(device), 1.0)
+        return device.peak("fp32") * coefficient("matmul_ceiling_vector") * power
     best *= sustained(device)
     if measured is not None:
         return measured * best

@@ -36,6 +36,8 @@ class Framework:
     overlap_parameters: bool
     optimizer_bytes: float
     source: str
+    gather_calls: int = 1
+    overlap_gathers: bool = True
 
 
 @cache

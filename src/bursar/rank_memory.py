@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from bursar.architecture import Transformer
 from bursar.errors import BadInput, UnknownName
 from bursar.frameworks import Framework, framework
 from bursar.hardware import Cluster
-from bursar.jobs import Count, Decoder, Job
+from bursar.jobs import Count, Decoder, Job, Layout
 from bursar.rules import transformer
 
 RANKS = ("worst", "first", "last")
@@ -69,10 +69,11 @@ def rank_memory(job: Job, cluster: Cluster, rank: str = "worst") -> RankMemory:
     """
     if rank not in RANKS:
         raise BadInput(f"no rank {rank!r}; known: {', '.join(RANKS)}")
+    job = _wide(job)
     if rank != "worst":
         return _stage(job, cluster, _LAST if rank == "last" else _FIRST)
     stages = [_FIRST, _LAST] if np.any(np.asarray(job.layout.pp) > 1) else [_FIRST]
-    if framework(job.framework).name == "nanotron" and len(stages) > 1:
+    if len(stages) > 1 and (framework(job.framework).name == "nanotron" or np.any(_ends_count(job))):
         stages.append(_SECOND)  # may have a layer more than the first
     worst, *others = (_stage(job, cluster, stage) for stage in stages)
     for other in others:
@@ -81,6 +82,17 @@ def rank_memory(job: Job, cluster: Cluster, rank: str = "worst") -> RankMemory:
 
 
 _FIRST, _SECOND, _LAST = 0, 1, -1
+
+
+def _wide(job: Job) -> Job:
+    """With arrays of 64 bits: 32 hold no more than 2 GiB."""
+
+    def wide(value: Any) -> Any:
+        return value.astype(np.int64) if isinstance(value, np.ndarray) and value.dtype != np.int64 else value
+
+    lay = job.layout
+    layout = Layout(*(wide(getattr(lay, f.name)) if f.name != "schedule" else lay.schedule for f in fields(Layout)))
+    return replace(job, layout=layout, micro_batch=wide(job.micro_batch), micro_batches=wide(job.micro_batches))
 
 
 def _worse(a: RankMemory, b: RankMemory) -> RankMemory:
@@ -217,17 +229,16 @@ def _stage_layers(job: Job, stage: int) -> tuple[Any, Any]:
     pp = np.asarray(job.layout.pp)
     L, last = model.n_layers, stage == _LAST
     own = flags.get("last_stage_layers" if last else "first_stage_layers")
-    counted = [int(name in flags) for name in ("embedding_counts_as_layer", "loss_counts_as_layer")]
     if own:
         here: Any = int(own) + 0.0 * pp
-    elif any(counted):
-        here = (L + sum(counted)) / pp - counted[last]
     elif framework(job.framework).name == "nanotron":  # by compute, the head among it; models/base.py, build_model
         with_head = L + model.vocab_size * model.d_model / _layer_matrices(model)
         each = with_head / pp
         here = L - np.floor(each * (pp - 1)) if last else np.floor(each) if stage == _FIRST else np.ceil(each)
     else:
         here = np.where(L % pp == 0, L / pp, np.floor(L / pp) if last else np.ceil(L / pp))
+        count = sum(_counts(job))
+        here = np.where(_ends_count(job), (L + count) / pp - (0 if stage == _SECOND else _counts(job)[last]), here)
     here = np.where(pp == 1, L, here)
     if not model.n_experts:
         return here, 0.0 * here
@@ -235,6 +246,26 @@ def _stage_layers(job: Job, stage: int) -> tuple[Any, Any]:
         return here, np.where(pp == 1, model.n_moe_layers, here / model.moe_every)
     moe = np.minimum(here, model.n_moe_layers) if last else np.maximum(here - model.first_dense_layers, 0)
     return here, np.where(pp == 1, model.n_moe_layers, moe)
+
+
+def _counts(job: Job) -> tuple[int, int]:
+    """Layers that the embedding and the loss stand for where they count as some; both where nobody says."""
+    told = tuple(int(f"{name}_counts_as_layer" in job.flags) for name in ("embedding", "loss"))
+    return (told[0], told[1]) if any(told) else (1, 1)
+
+
+def _ends_count(job: Job) -> Any:
+    """Whether the embedding and the loss count as layers: the run says so, or only so are Megatron's stages even.
+
+    account_for_embedding_in_pipeline_split in megatron/core; BLOOM's 70 layers in 12 stages.
+    """
+    lay, L = job.layout, job.model.n_layers
+    chunks = np.asarray(lay.pp) * np.where(np.asarray(lay.pp) > 1, lay.virtual_stages, 1)
+    if "embedding_counts_as_layer" in job.flags or "loss_counts_as_layer" in job.flags:
+        return chunks > 1
+    if framework(job.framework).name not in MEGATRON or "first_stage_layers" in job.flags:
+        return chunks < 1
+    return (chunks > 1) & (L % chunks != 0) & ((L + 2) % chunks == 0)
 
 
 def _layer_matrices(model: Decoder) -> float:
@@ -364,10 +395,11 @@ def _moe_bytes(job: Job, case: _Case, T: Any) -> Any:
     mine = T / _sequence(job)  # tokens that this rank routes
     rows = mine * model.experts_per_token * lay.expert_tp
     routed = rows * model.d_model * (e - case.eighth) + _mlp_bytes(model, case, rows * model.moe_d_ff / lay.expert_tp)
-    combined = mine * model.experts_per_token * model.d_model * e  # weighed by the router's probabilities
+    if not model.gated_mlp:  # the probabilities weigh GELU's output in a product of its own; SwiGLU's kernel takes them
+        routed = routed + rows * model.moe_d_ff / lay.expert_tp * e
     router = mine * model.n_experts * (4 + 4 + 1)  # logits and probabilities in fp32, the choice in one byte
     shared = _mlp_bytes(model, case, T * model.shared_d_ff / lay.tp) if model.shared_d_ff else 0
-    return routed + combined + router + shared
+    return routed + router + shared
 
 
 def _selected(job: Job, case: _Case, saved: Any, core: Any, hidden: Any, x: Any, T: Any, moe: bool) -> tuple[Any, Any]:
@@ -378,6 +410,7 @@ def _selected(job: Job, case: _Case, saved: Any, core: Any, hidden: Any, x: Any,
         # Kept: every second product of wq wk wv wo w1 w3 w2, the attention's output; torchtitan's parallelize.py
         kept = x + T * (2 * model.query_width + _key_heads(model, lay.tp) * lay.tp * model.head_dim) / lay.tp * e
         kept = kept + T * (model.d_ff / lay.tp) * e + x + core
+        kept = np.minimum(kept, saved) if not moe else x + (saved - x) / 2  # of experts' products too every second
         return kept, saved - kept
     gone: Any = 0
     if not names or "core_attn" in names:
@@ -395,6 +428,7 @@ def _selected(job: Job, case: _Case, saved: Any, core: Any, hidden: Any, x: Any,
         gone = gone + T * (2 * model.query_width + model.value_width) / lay.tp * e
     if "shared_experts" in names and moe and model.shared_d_ff:
         gone = gone + _mlp_bytes(model, case, T * model.shared_d_ff / lay.tp)
+    gone = np.minimum(gone, saved - x)
     return saved - gone, gone
 
 
@@ -433,25 +467,25 @@ def held_layers(job: Job, stage: int, here: Any) -> Any:
     behind = 0 * p if last else p - 1 - stage  # stages after this one
     # Warm-up and one more; chunks take turns, a group of micro-batches each: p, or where that does not divide them the
     # next number that does. megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches
-    group = _group(M, p)
+    group = _group(M, p) if np.any((v > 1) & (M % p != 0)) else p
     n = np.where(v > 1, np.minimum(M * v, 2 * behind + (v - 1) * group + 1), np.minimum(M, behind + 1))
     n = np.where(p == 1, 1, n)
-    short = "loss_counts_as_layer" in job.flags if last else "embedding_counts_as_layer" in job.flags
-    if not short or not np.any(v > 1):
-        return n / np.where((p > 1) & (v > 1), v, 1) * here
+    even = n / np.where((p > 1) & (v > 1), v, 1) * here
+    short = _ends_count(job) & (v > 1) & (stage != _SECOND) & bool(_counts(job)[last])
+    if not np.any(short):
+        return even
     # One chunk, the stage's last or its first, has a layer less than the others
     each, which = (here + 1) / v, v - 1 if last else 0 * v
     held = np.clip(n - which * group, 0, group) + np.clip(n - (v + which) * group, 0, group)
-    return n * each - held
+    return np.where(short, n * each - held, even)
 
 
 def _group(M: Any, p: Any) -> Any:
     """The least number from ``p`` on that divides ``M``; ``p`` where none does."""
-    found, most = 0 * M + p, int(np.max(p))
-    for more in range(2 * most, 0, -1):
-        size = p + more
-        found = np.where((M % p != 0) & (size <= M) & (M % np.maximum(size, 1) == 0), size, found)
-    return found
+    many, stages = np.broadcast_arrays(M, p)
+    pairs, where = np.unique(np.stack([many.ravel(), stages.ravel()]).astype(np.int64), axis=1, return_inverse=True)
+    least = [next((g for g in range(n, m + 1) if m % g == 0), n) for m, n in pairs.T.tolist()]
+    return np.asarray(least)[where.ravel()].reshape(many.shape)
 
 
 def _first_chunk(job: Job) -> Any:
@@ -510,11 +544,14 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     parameter, gradient = _element_bytes(job, case)
     matrix_state, other_state = state_bytes(job)
     trained = float(job.flags.get("trainable") or 1)  # share of the parameters; the rest is frozen, in 16 bit
+    if "finetune_lora" in job.flags:  # the adapters are small beside what they adapt
+        trained = 0.0
     if trained < 1:
         parameter, gradient = 2 + (parameter - 2) * trained, gradient * trained
         matrix_state, other_state = matrix_state * trained, other_state * trained
     if "bf16_states" in job.flags:
-        parameter, gradient, matrix_state, other_state = 2.0, 2.0, matrix_state / 2, other_state / 2
+        parameter, gradient, other_state = 2.0, 2.0, other_state / 2
+        matrix_state = matrix_state if "8bit" in job.optimizer else matrix_state / 2
     if "offload_states" in job.flags:  # and their update with them
         matrix_state = other_state = trained = 0.0
     if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
@@ -529,6 +566,8 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     here = sum(n for n, _ in kinds)
     saved = sum(n * _kept(job, b) for n, b in kinds)
     layers = np.where(here > 0, held_layers(job, stage, here) / np.maximum(here, 1e-9), 0) * saved
+    if job.offload_layers:  # the last of them are on the host when the stage is fullest
+        layers = layers * np.maximum(1 - job.offload_layers / np.maximum(here, 1), 0)
     layers = layers + mtp * (last_kind.saved + 3 * x)
     activations = layers + np.where(one | (stage == _FIRST), _first_chunk(job) * x / e * case.dropout, 0)
     activations = activations + np.where(with_loss, 2 * x, 0)  # the last norm's input and output
@@ -559,10 +598,12 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     buffers = buffers + np.where(one, 0, 2 * x)  # what comes and what goes
     reduce = np.where(gathers, unit * gradient, 0)  # a unit's gradients before they are scattered
     if case.habits.name == "megatron-deepspeed":
-        bucket = np.minimum(constants()["buckets"]["deepspeed_elements"], dense + expert + other) * 2
+        bucket = np.minimum(constants()["buckets"]["deepspeed_elements"], dense + expert + other) * gradient
         buffers = buffers + np.where((zero >= 1) & (shards > 1), bucket, 0)
     buffers = buffers + held(3, 1, 1) * np.where(shards > 1, case.own["bucket_bytes"], 0)
-    late = held(3, 1, 1) * (0 if fp32 or job.precision == "fp16" else case.own["late_bytes"])
+    twice = not fp32 and job.precision != "fp16"  # gradients of 16 bits are added to others of 32
+    late = held(3, 1, 1) * (case.own["late_bytes"] if twice else 0)
+    late = late * ("finetune_lora" not in job.flags)
     workspace = _workspace(job, case)
     # ---- between steps
     steady = parameters + states + workspace + (gradients if case.own["gradients_stay"] else 0)
@@ -573,7 +614,11 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     several = case.own["gradients_stay"] | (np.asarray(job.micro_batches) > 1)
     at_loss = base + np.where(several, gradients, 0) + activations + logits
     at_block = base + np.where(several, gradients, 0) + activations + working + reduce
-    at_end = base + gradients + late + np.where(one, 0, activations * (1 - 1 / np.maximum(_first_chunk(job), 1)))
+    # DeepSpeed's pipeline clears them before the next backward only: the next forward still has them
+    # (runtime/pipe/engine.py, _exec_backward_pass); elsewhere they go before it, the micro-batch's activations after
+    over = 0 if case.habits.name == "megatron-deepspeed" else 1 / np.maximum(_first_chunk(job), 1)
+    still = np.where(one, 0, activations * (1 - over))
+    at_end = base + gradients + late + still
     at_update = base + gradients + elements * case.own["step_bytes"]
     peak = np.maximum(np.maximum(at_loss, at_block), np.maximum(at_end, at_update))
     loss_is = peak == at_loss
@@ -583,7 +628,7 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
         "parameters": parameters,
         "gradients": np.where((loss_is | block_is) & ~np.asarray(several), 0, gradients),
         "optimizer_state": states,
-        "activations": np.where(loss_is | block_is, activations, np.where(end_is, at_end - base - gradients - late, 0)),
+        "activations": np.where(loss_is | block_is, activations, np.where(end_is, still, 0)),
         "logits": np.where(loss_is, logits, 0),
         "collective_buffers": buffers + np.where(block_is, reduce, 0),
         "temporary": np.select(
@@ -610,8 +655,10 @@ def _element_bytes(job: Job, case: _Case) -> tuple[float, float]:
         return 4.0, 4.0
     given = case.habits.gradient_bytes
     parameter = case.habits.parameter_bytes
-    if case.eighth and "fp8_param_gather" not in job.flags:
-        parameter = parameter + 2  # 8-bit weights and their transposes beside those of 16 bits
+    if case.eighth and case.habits.name == "megatron" and "fp8_param_gather" not in job.flags:
+        parameter = (
+            parameter + 2
+        )  # 8-bit weights and their transposes beside those of 16 bits; NVIDIA's recipes keep the former only
     gradient = job.gradient_bytes or given.get(job.precision, given["bf16"])
     return parameter, gradient
 
@@ -648,9 +695,18 @@ def _workspace(job: Job, case: _Case) -> float:
 
 
 def _groups(job: Job) -> Any:
-    """Communicators of more than one rank: data, tensor, pipeline, context, expert."""
+    """Communicators that a rank joins: all ranks, and data, tensor, pipeline, context and expert groups of a part.
+
+    Megatron and its like have two more: a model's ranks, for the gradients' norm, and the first and last stage, for a
+    tied table. megatron/core/parallel_state.py, initialize_model_parallel.
+    """
     lay = job.layout
-    return sum(1 * (np.asarray(n) > 1) for n in (lay.dp, lay.tp, lay.pp, lay.cp, lay.ep))
+    dp, tp, pp, cp, ep = (np.asarray(n) for n in (lay.dp, lay.tp, lay.pp, lay.cp, lay.ep))
+    world = dp * tp * pp * cp
+    joined = 1 * (world > 1) + sum(1 * ((n > 1) & (n < world)) for n in (dp, tp, pp, cp, ep))
+    if framework(job.framework).name in MEGATRON:
+        joined = joined + ((tp > 1) & (pp > 1) & (tp * pp < world)) + ((pp > 1) & bool(job.model.tied_embeddings))
+    return joined
 
 
 def _plain(value: Any) -> Any:

@@ -218,7 +218,7 @@ LEVERS: Final = (
     Lever("accumulation", "micro-batches of 1, the same batch", "batch", _accumulate, "the sum of a step's gradients"),
     Lever("bf16-states", "parameters, gradients and states in bf16", "states", _bf16,
           "2 + 2 + 4 bytes per parameter in place of 4 + 4 + 8"),
-    Lever("8bit-states", "Adam's two moments in 8 bits", "states", _eight_bit,
+    Lever("8bit-states", "Adam's two moments in 8 bits", "moments", _eight_bit,
           "Dettmers et al. 2021 (arXiv:2110.02861)"),
     Lever("fused-loss", "cross-entropy without fp32 copies of the logits", "loss", _fused_loss,
           "Hsu et al. 2024 (arXiv:2410.10989): the gradient in the logits' place"),

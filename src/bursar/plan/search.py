@@ -209,8 +209,13 @@ class Plan:
         }
 
 
-def search(question: Question, clusters: Sequence[Cluster], by: str = "time", top: int = 10) -> Plan:
+def search(
+    question: Question, clusters: Sequence[Cluster], by: str = "time", top: int = 10, distinct: bool = False
+) -> Plan:
     """The ``top`` layouts of ``question`` on any of ``clusters``, by time, cost or memory.
+
+    ``distinct`` shows of each division of the ranks (dp, tp, pp, cp, ep) the best alone: what it shards, its chunks and
+    micro-batch. All are searched either way.
 
     With ``days`` and a range of clusters, the fewest accelerators come first. Raises BadInput for what cannot be meant;
     where nothing fits, the plan has no layouts and says what comes nearest.
@@ -230,7 +235,7 @@ def search(question: Question, clusters: Sequence[Cluster], by: str = "time", to
     searched, rejected, found = 0, Counter[str](), []
     smallest: tuple[float, str] | None = None
     for cluster in clusters:
-        n, reasons, kept, least = _on(question, cluster, by, top)
+        n, reasons, kept, least = _on(question, cluster, by, top, distinct)
         searched += n
         rejected.update(reasons)
         found.extend(kept)
@@ -419,7 +424,7 @@ def one(job: Job, row: int) -> Job:
 
 
 def _on(
-    question: Question, cluster: Cluster, by: str, top: int
+    question: Question, cluster: Cluster, by: str, top: int, distinct: bool = False
 ) -> tuple[int, Counter[str], list[Choice], tuple[float, str] | None]:
     """One cluster: combinations considered, why they were rejected, the best of the rest, the least memory needed."""
     space = enumerate_layouts(question, cluster.count)
@@ -462,10 +467,18 @@ def _on(
                 good &= ~bad
         rank = device if by == "memory" else per_token
         rank = np.where(good, rank, np.inf)
-        order = np.lexsort((device, _significant(rank)))[:top]
+        order = np.lexsort((device, _significant(rank)))
+        if distinct:
+            order = order[np.sort(np.unique(_division(job)[order], return_index=True)[1])]
+        order = order[:top]
         best += [(float(rank[i]), float(device[i]), job, int(i)) for i in order if np.isfinite(rank[i])]
     searched += (seen - len(space.columns["dp"]) * ways) if seen else 0  # further schedules of the same layouts
     best.sort(key=lambda entry: (entry[0], entry[1]))
+    if distinct:
+        seen_divisions: dict[int, tuple[float, float, Job, int]] = {}
+        for entry in best:
+            seen_divisions.setdefault(int(_division(entry[2])[entry[3]]), entry)
+        best = list(seen_divisions.values())
     kept = [priced(question, one(job, row), cluster) for _, _, job, row in best[:top]]
     return searched, Counter({why: n for why, n in rejected.items() if n}), kept, least
 
@@ -478,6 +491,14 @@ def _some(job: Job, rows: Any) -> Job:
         job, layout=layout,
         micro_batch=np.asarray(job.micro_batch)[rows], micro_batches=np.asarray(job.micro_batches)[rows],
     )  # fmt: skip
+
+
+def _division(job: Job) -> Array:
+    """One number for each way the ranks are divided: dp, tp, pp, cp, ep."""
+    code = np.zeros(np.shape(job.micro_batch), dtype=np.int64)
+    for axis in ("dp", "tp", "pp", "cp", "ep"):
+        code = code * 4093 + np.asarray(getattr(job.layout, axis))
+    return code
 
 
 def _significant(values: Array) -> Array:

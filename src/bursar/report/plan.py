@@ -56,7 +56,7 @@ def render(plan: Plan, *, explain: bool = False) -> Iterator[Any]:
 
 def _title(plan: Plan) -> str:
     by = {"time": "time", "cost": "cost", "memory": "memory left"}[plan.by]
-    return f"By {by}: the first {len(plan.layouts)} of {plan.feasible:,} that fit, {plan.searched:,} searched"
+    return f"By {by}: the first {len(plan.layouts)}; {plan.feasible:,} fit of {plan.searched:,} searched"
 
 
 def _columns(plan: Plan, several: bool) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

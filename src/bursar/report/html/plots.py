@@ -423,7 +423,7 @@ def roofline(
         roofs += [tag("path", d=path, class_="roof"), _text(right, y(peak) - 6, words, "halo", "end")]
     whole = math.fsum(o.roofline_seconds for o in ops) or 1.0
     largest = (width / 18) ** 2
-    marks, names = [], list[Markup]()
+    marks, names, placed = [], list[Markup](), []
     for o, rate in zip(drawn, reached, strict=True):
         share = o.roofline_seconds / whole
         r = max(2.5, math.sqrt(largest * share))
@@ -444,6 +444,9 @@ def roofline(
                 class_=f"mark k-{_GROUPS.get(o.kind, 'vector')}",
             )
         )
+        placed.append((o, place, r, share))
+        taken.append(Box(place[0] - r, place[1] - r, 2 * r, 2 * r))
+    for o, place, r, share in placed:
         if len(names) < 5 and share > 0.02:
             names += _named(o, place, r, frame, taken)
     about = (
@@ -461,7 +464,7 @@ def _named(o: Ops, place: tuple[float, float], r: float, frame: Box, taken: list
     words = f"{(o.module if last == '*' else last) or o.op.removeprefix('aten.')} {o.phase}"
     wide = _wide(words, 12)
     for x, anchor in ((place[0] - r - 5 - wide, "end"), (place[0] + r + 5, "start")):
-        for dy in (4, 20, -12):
+        for dy in (4, 20, -12, 36, -28):
             box = Box(x, place[1] + dy - 11, wide, 14)
             inside = frame.x <= box.x and box.x + box.width <= frame.x + frame.width and box.y > frame.y
             if inside and box.y + 14 < frame.y + frame.height and not any(_touch(box, other) for other in taken):
