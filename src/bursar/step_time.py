@@ -26,6 +26,7 @@ from bursar.efficiency import (
     matmul_seconds,
     product_dtype,
     rates,
+    slowest_of,
     stream_seconds,
 )  # fmt: skip
 from bursar.frameworks import Framework, framework
@@ -303,7 +304,8 @@ def _linear(x: _Context, p: _Passes, M: Array, K: Array, N: Array, groups: Array
     p.backward.product(x.dtype, M, K, N, groups, out, launches)
     p.backward.product(x.dtype, K, N, M, groups, x.accumulate, launches)
     if x.dtype in ("fp8", "fp4"):
-        cast = coefficient("cast_bytes_blocks" if x.job.precision in ("mxfp8", "nvfp4") else "cast_bytes")
+        by_recipe = {"mxfp8": "cast_bytes_blocks", "nvfp4": "cast_bytes_fp4"}
+        cast = coefficient(by_recipe.get(x.job.precision, "cast_bytes"))
         p.forward.stream(cast * groups * M * K, launches)
         p.backward.stream(cast * groups * M * N, launches)
     if bias:
@@ -381,18 +383,21 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
         plain = e == 4 or (max(dqk % 8, dv % 8) and "fp32" in x.rates.ceilings)
         dtype = product_dtype(x.rates.device, "fp32" if plain else "bf16")
         dropout = x.habits.dropout
-        for passes in (p.forward,):
-            passes.product(dtype, rows, S, dqk, groups, e)
-            passes.stream(2 * e * scores)  # mask and softmax in one
-            if dropout:
-                passes.stream((2 * e + 1) * scores)
-            passes.product(dtype, rows, dv, S, groups, e)
-            passes.stream(2 * x.n * model.value_width / tp * e)  # tokens together again
+        p.forward.product(dtype, rows, S, dqk, groups, e)
+        p.forward.stream(2 * e * scores)  # mask and softmax in one
+        if not x.fused:  # scale and mask by themselves
+            p.forward.stream(4 * e * scores, 2)
+        if dropout:
+            p.forward.stream((2 * e + 1) * scores)
+        p.forward.product(dtype, rows, dv, S, groups, e)
+        p.forward.stream(2 * x.n * model.value_width / tp * e)  # tokens together again
         p.backward.product(dtype, S, dv, rows, groups, e)
         p.backward.product(dtype, rows, S, dv, groups, e)
         if dropout:
             p.backward.stream((2 * e + 1) * scores)
         p.backward.stream(3 * e * scores)
+        if not x.fused:
+            p.backward.stream(4 * e * scores, 2)
         p.backward.product(dtype, rows, dqk, S, groups, e)
         p.backward.product(dtype, S, dqk, rows, groups, e)
         p.backward.stream(4 * x.n * model.query_width / tp * e, 3)
@@ -477,7 +482,9 @@ def _mixture(x: _Context, p: _Passes) -> None:
         p.forward.stream(coefficient("sort_bytes") * own * E, 6)
     # padding every expert to a capacity goes with the plain exchange, which sends every copy
     move = dispatch_seconds(x.links, own * D * e, x.ep, k, not dropping)
-    shown = 1.0 - coefficient("ep_overlap_hidden") if "ep_overlap" in x.job.flags else 1.0
+    # DualPipe runs one micro-batch's exchange beside another's products: that is what it is for
+    hides = "ep_overlap" in x.job.flags or x.job.layout.schedule == "dualpipev"
+    shown = 1.0 - coefficient("ep_overlap_hidden") if hides else 1.0
     p.forward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     p.backward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     inner = 2 if model.gated_mlp else 1
@@ -682,7 +689,8 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     send = np.where(pp > 1, 2 * chunks * send_seconds(links, sent, c["tp"] * c["cp"] * c["dp"]), 0.0)
     send = send * np.where(chunks > 1, 1 - habits.overlap_parameters * coefficient("interleaved_send_hidden"), 1.0)
     bubble = np.where(single, 0.0, bubble_seconds(lay.schedule, pp, chunks, slowest, whole + pp * send))
-    parts = {k: M * v for k, v in busy.items()}
+    slower = slowest_of(pp * c["tp"] * c["cp"] * c["dp"])
+    parts = {k: M * v * (slower if k in ("compute", "attention") else 1.0) for k, v in busy.items()}
     parts["pp_send"] = M * send
     parts["bubble"] = np.maximum(bubble - send, 0.0)
     done = _data_parallel(job, habits, c, links, speed, held, (_total(B) + _total(R)) * most)
@@ -930,13 +938,11 @@ def _data_parallel(
     if habits.overlap_parameters:
         hidden = np.minimum(gather, backward / 2)
         gather = gather - hidden + slow * hidden
-    tied = np.where(
-        (c["pp"] > 1) & job.model.tied_embeddings,
-        collective_seconds(
-            links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain
-        ),
-        0.0,
-    )
+    # the first stage and the last hold a tied table each, and add their gradients
+    apart = stride * group * np.maximum(c["pp"] - 1, 1)
+    table = job.model.vocab_size * job.model.d_model / c["tp"] * g
+    shared = (c["pp"] > 1) & job.model.tied_embeddings
+    tied = np.where(shared, collective_seconds(links, "all_reduce", table, 2, apart), 0.0)
     return {"dp": np.where(stage >= 3, 0.0, reduce + gather + tied)}
 
 
