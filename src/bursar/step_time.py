@@ -721,10 +721,17 @@ def _distinct(table: Any) -> tuple[Any, Any]:
     """The table's distinct rows, and for each row which of them it is."""
     if len(table) == 1:
         return table, np.zeros(1, dtype=int)
-    code = np.zeros(len(table), dtype=np.int64)
-    for column in table.T:
-        values, place = np.unique(column, return_inverse=True)
-        code = code * len(values) + place.ravel()
+    whole = table.astype(np.int64)
+    size = whole.max(axis=0) + 1
+    if np.all(whole == table) and np.prod(size.astype(float)) < 2.0**62:  # one number says all: one sort
+        code = np.zeros(len(table), dtype=np.int64)
+        for column, n in zip(whole.T, size, strict=True):
+            code = code * n + column
+    else:
+        code = np.zeros(len(table), dtype=np.int64)
+        for column in table.T:
+            values, place = np.unique(column, return_inverse=True)
+            code = code * len(values) + place.ravel()
     _, chosen, where = np.unique(code, return_index=True, return_inverse=True)
     return table[chosen], where.ravel()
 
