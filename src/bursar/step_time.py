@@ -584,7 +584,8 @@ def _head(x: _Context) -> _Passes:
     plain = replace(x, dtype=x.wide)
     _linear(plain, p, n, D, V / x.tp)
     logits = n * V / x.tp
-    fused = x.habits.fused_loss or x.job.compiled
+    # torchtitan compiles each block by itself; its head and loss stay eager (parallelize_llama.py, apply_compile)
+    fused = x.habits.fused_loss or (x.job.compiled and x.habits.name != "torchtitan")
     p.forward.stream(
         logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9
     )
