@@ -629,7 +629,9 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     kept_over = _left_over(job, case, stage, x)
     steady = steady + kept_over
     # ---- the fullest instant
-    base = parameters + states + workspace + buffers
+    given = np.where(with_loss | (stage == _FIRST), T * 8 * 2, 0)  # tokens and targets, 8 bytes each
+    base = parameters + states + workspace + buffers + given
+    step = parameter if case.closed else case.own["step_bytes"]  # a list kernel's temporary is of the states' dtype
     several = case.own["gradients_stay"] | (np.asarray(job.micro_batches) > 1)
     at_loss = base + np.where(several, gradients, 0) + activations + logits
     at_block = base + np.where(several, gradients, 0) + activations + working + reduce
@@ -638,7 +640,7 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     over = 0 if case.habits.name == "megatron-deepspeed" else 1 / np.maximum(_first_chunk(job), 1)
     still = np.where(one, 0, activations * (1 - over))
     at_end = base + gradients + late + still
-    at_update = base + gradients + elements * case.own["step_bytes"]
+    at_update = base + gradients + elements * step
     peak = np.maximum(np.maximum(at_loss, at_block), np.maximum(at_end, at_update))
     loss_is = peak == at_loss
     block_is = ~loss_is & (peak == at_block)
@@ -650,9 +652,8 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
         "activations": np.where(loss_is | block_is, activations, np.where(end_is, still, 0)),
         "logits": np.where(loss_is, logits, 0),
         "collective_buffers": buffers + np.where(block_is, reduce, 0),
-        "temporary": np.select(
-            [block_is, loss_is, end_is], [working, 0 * peak, late], elements * case.own["step_bytes"]
-        ),
+        "temporary": np.select([block_is, loss_is, end_is], [working, 0 * peak, late], elements * step),
+        "inputs": given + 0 * peak,
         "workspaces": workspace + 0 * peak,
     }
     parts = {name: _plain(value) for name, value in parts.items()}
