@@ -642,6 +642,8 @@ def _buffers(job: Job, case: _Case, elements: Elements, kinds: list[tuple[Any, B
     lay, d = job.layout, job.model.d_model
     shards, zero = np.asarray(lay.shards), np.asarray(lay.zero_stage)
     unit = np.minimum(elements.table, padded_vocabulary(job) * d / lay.tp)  # the embedding and the head are one each
+    if "megatron_fsdp" in job.flags:
+        unit = 0 * unit  # its units are blocks; tables stay gathered
     for _, b in kinds:
         unit = np.maximum(unit, b.dense + b.expert)
     gathers = (zero >= 3) & (shards > 1)
@@ -678,8 +680,11 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     tokens = job.micro_batch * job.seq_len / lay.cp
     inputs = np.where(with_loss | (stage == _FIRST), tokens * 8 * 2, 0)  # tokens and targets, 8 bytes each
     workspace = _workspace(job, case)
+    # Megatron-FSDP gathers what is in no unit once and for all; its units are blocks: distributed/fsdp/mcore_fsdp_adapter.py
+    stays = (elements.table + elements.rest) * case.e * int("megatron_fsdp" in job.flags)
+    buffers = buffers + stays
     steady = parameters + states + workspace + (gradients if case.own["gradients_stay"] else 0)
-    steady = steady + _left_over(job, case, stage, tokens * job.model.d_model / _sequence(job) * case.e)
+    steady = steady + stays + _left_over(job, case, stage, tokens * job.model.d_model / _sequence(job) * case.e)
     # ---- the fullest instant: the loss, a block's backward, the last block's end, the update
     base = parameters + states + workspace + buffers + inputs
     several = case.own["gradients_stay"] | (np.asarray(job.micro_batches) > 1)
