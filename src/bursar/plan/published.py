@@ -276,7 +276,8 @@ def _habits(cell: _Cells) -> Framework:
         return framework(name)
     except UnknownName:
         split = cell.count("tp", 1) * cell.count("pp", 1) > 1 or bool(cell.text("n_experts"))
-        like = framework("fsdp" if sharded else "megatron" if split or not name else "plain")
+        many = cell.count("n_gpus", 0) != 1
+        like = framework("fsdp" if sharded else "megatron" if split or (not name and many) else "plain")
         cell.assumed.append(f"what {name or 'an unnamed framework'} does by default is taken from {like.title}")
         return like
 
