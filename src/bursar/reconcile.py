@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from bursar.ledger import Ledger
 from bursar.rules import MODEL_KINDS
+from bursar.units import format_bytes
 
 PEAK_TOLERANCE = {"cpu": 0.01, "cuda": 0.02}  # share of the measured peak; the rest is library scratch and rounding
 SLACK_BYTES = 16384  # what a kernel may take for itself however small the model: an MLP of 230 kB showed 8 kB
@@ -139,8 +140,14 @@ def _parts(ledger: Ledger, measured: Measured, names: Sequence[str]) -> tuple[Pa
 
 
 def _cause(ledger: Ledger, measured: Measured) -> str:
-    """Why the peak differs, where that can be told."""
-    if measured.device != "cpu" or measured.peak_bytes <= ledger.memory.peak_bytes:
+    """What of the peak is a library's own scratch, where that is forecast; else why it differs, where that can be told."""
+    if measured.device != "cpu":
+        return ""
+    named = [held for held in ledger.memory.holdings if " in aten." in held.module]
+    if named:
+        what = ", ".join(f"{format_bytes(held.n_bytes)} {held.module}" for held in named)
+        return f"of the forecast, scratch that no op shows: {what}"
+    if measured.peak_bytes <= ledger.memory.peak_bytes:
         return ""
     kinds = {r.kind for r in ledger.recorded}
     if "conv" in kinds:
