@@ -32,6 +32,7 @@ def step(
     on: str | None = None,
     layout: str | None = None,
     zero_grad: str = "none",
+    scratch: str = "asked",
     gradients: Annotated[bool, Parameter(negative=())] = False,
     measure: Annotated[bool, Parameter(negative=())] = False,
     json: common.Json = False,
@@ -73,6 +74,9 @@ def step(
         how the ranks share the work: dp=N; others come with the planner
     zero_grad:
         what becomes of gradients after the update: none (freed) or zeros (kept, filled with zeros)
+    scratch:
+        with --on cpu, what a kernel takes for itself: asked (each of oneDNN's is called once, on zeros), formula (nothing
+        is called) or none
     gradients:
         per layer, the FLOPs of forward, dX and dW with shapes and formula
     measure:
@@ -101,7 +105,7 @@ def step(
         html=html, perfetto=perfetto, parquet=parquet, csv=csv, markdown=markdown, snapshot=snapshot, plot=plot
     )
     asked = _asked(model, batch_size=batch_size, seq_len=seq_len, precision=precision, optimizer=optimizer,
-                   recompute=recompute, accumulate=accumulate, on=on, layout=layout, zero_grad=zero_grad,
+                   recompute=recompute, accumulate=accumulate, on=on, layout=layout, zero_grad=zero_grad, scratch=scratch,
                    gradients=gradients, measure=measure)  # fmt: skip
     on = _with_layout(on, layout)
     if measure:
@@ -130,6 +134,7 @@ def step(
             accumulate=accumulate,
             on=on,
             zero_grad=zero_grad,
+            scratch=scratch,
         )
     forecast = ledger.on(on) if on not in (None, "cpu") and on is not None else None
     _write(files, ledger, forecast, command=asked, gradients=gradients)
@@ -155,7 +160,7 @@ def _files(**paths: Path | None) -> dict[str, Path]:
 
 def _asked(model: str, **flags: Any) -> str:
     """The command that asks for the same again; flags left at what they are without being given stand not in it."""
-    unset = {"precision": "fp32", "recompute": "none", "accumulate": 1, "zero_grad": "none"}
+    unset = {"precision": "fp32", "recompute": "none", "accumulate": 1, "zero_grad": "none", "scratch": "asked"}
     given = {flag.replace("_", "-"): value for flag, value in flags.items()
              if value is not None and value is not False and value != unset.get(flag)}  # fmt: skip
     words = [f"--{flag}" + ("" if value is True else f" {shlex.quote(str(value))}") for flag, value in given.items()]
