@@ -16,11 +16,11 @@ import bursar
 SOURCE = Path(bursar.__file__).parent
 FLOORS = {
     0: "errors units polynomial files revisions",
-    1: "hardware architecture optimizers jobs frameworks catalog",
+    1: "machine hardware architecture optimizers jobs frameworks catalog",
     # a ledger's .memory replays its own events, and asks the allocator what it would hold: they stand together
     2: "rules kernels ledger memory allocator folding",
-    3: "roofline reconcile network schedule efficiency step_time rank_memory workspaces unfinished run operation forms modules goodput scaling diff gate"
-    "diff gate",
+    3: "roofline reconcile unfinished network schedule efficiency step_time rank_memory workspaces calibration context "
+    "store pricing run operation forms modules goodput scaling diff gate",
     4: "plan report lecture",
     5: "trace workload measure meter ranks probe train bench lecture.chapter* lecture.traces",
     6: "cli web __main__",

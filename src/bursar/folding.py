@@ -155,7 +155,7 @@ def _written(ledger: Ledger, tape: Tape) -> Ledger:
             at = storages.get(id(storage))
             events.append((row, index(storage) if at is None else at, delta))
     return dataclasses.replace(
-        ledger, rows=tape.rows, storages=kept, events=events, first_row=0, first_event=first_event
+        ledger, rows=tape.rows, storages=kept, events=events, first_row=0, first_event=first_event, calls=()
     )
 
 

@@ -45,7 +45,7 @@ class Goodput:
         """As it stands in ``run --goodput --json``."""
         return {
             "share": self.share,
-            "mtbf_seconds": self.mtbf_seconds,
+            "mtbf_seconds": self.mtbf_seconds if math.isfinite(self.mtbf_seconds) else None,
             "checkpoint_seconds": self.checkpoint_seconds,
             "interval_seconds": self.interval_seconds,
             "restart_seconds": self.restart_seconds,
@@ -110,8 +110,8 @@ def goodput(
         raise BadInput(f"interval_seconds is {interval_seconds!r}; give a number above zero")
     if rate == 0:
         share = 1.0 if interval_seconds is None else interval_seconds / (interval_seconds + checkpoint_seconds)
-        return Goodput(share, math.inf, checkpoint_seconds, interval_seconds or work_seconds, restart, work_seconds, 0.0,
-                       tuple(notes))  # fmt: skip
+        between = interval_seconds or work_seconds
+        return Goodput(share, math.inf, checkpoint_seconds, between, restart, work_seconds, 0.0, tuple(notes))
     mtbf = 3600 / (rate * gpus)
     tau = best_interval(checkpoint_seconds, mtbf) if interval_seconds is None else interval_seconds
     exponent = (restart + tau + checkpoint_seconds) / mtbf

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bursar import memory
-from bursar.errors import BadInput
+from bursar.errors import BadInput, printable
 from bursar.memory import Memory, Storage, Textbook
 from bursar.rules import KINDS, MODEL_KINDS, Work, three_lines
+from bursar.units import format_bytes, format_flops
 
 if TYPE_CHECKING:
     import polars
@@ -131,7 +132,7 @@ class Step:
     micro_batches: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     """One training step, written down."""
 
@@ -152,6 +153,10 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self.rows) - self.first_row
+
+    def __repr__(self) -> str:  # the rows themselves are megabytes
+        peak, flops = format_bytes(self.memory.peak_bytes), format_flops(self.flops.model)
+        return f"<Ledger {printable(self.model.name, keep='') or 'of a step'}: {len(self)} ops, {flops}, peak {peak}>"
 
     @property
     def recorded(self) -> list[Row]:
@@ -277,10 +282,15 @@ class Ledger:
         )
 
     def on(self, name: str) -> Forecast:
-        """This step priced on an accelerator or cluster of the catalogue (``"h100-sxm"``, ``"8xh100-sxm"``).
+        """This step priced on an accelerator or cluster of the catalogue (``"h100-sxm"``, ``"8xh100-sxm"``), or on this
+        machine (``"local"``) as `bursar bench` measured it; then it must have been traced with ``on="local"``.
 
-        Raises UnknownName naming the nearest known.
+        Raises UnknownName naming the nearest known, NotCalibrated for a machine that was not measured.
         """
+        if name == "local":
+            from bursar import machine, pricing
+
+            return pricing.local(self, machine.current()).forecast
         from bursar.hardware import cluster
         from bursar.roofline import forecast
 

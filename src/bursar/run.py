@@ -148,8 +148,8 @@ def solve(
     ``budget_usd``, one is left out.  A bare accelerator names the kind, not the number.
 
     An MFU of 0.5 is assumed where it is not given and something else is asked for.  A number of accelerators is rounded
-    up to a whole one, or down where a budget sets it; parameters and tokens are rounded down.  ``batch_tokens`` says how
-    many steps that is, and changes nothing else.
+    up to a whole one, or down where a budget sets it; parameters and tokens are rounded down.  ``batch_tokens`` says
+    how many steps that is, and changes nothing else.
 
     Raises `BadInput` for too little, too much or impossible input, `NoAnswer` for an MFU above 1 or a budget exceeded.
 

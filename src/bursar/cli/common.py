@@ -43,6 +43,12 @@ def warn(messages: Iterable[str]) -> None:
         print(f"warning: {printable(message)}", file=sys.stderr)
 
 
+def say(text: str) -> None:
+    """A line of progress on a terminal's stderr."""
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        print(f"  {printable(text)}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[None]:
     """Say what takes long, on a terminal's stderr only, and take it back when it is done."""

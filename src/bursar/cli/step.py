@@ -35,6 +35,7 @@ def step(
     scratch: str = "asked",
     gradients: Annotated[bool, Parameter(negative=())] = False,
     measure: Annotated[bool, Parameter(negative=())] = False,
+    benchmark: bool = True,
     json: common.Json = False,
     explain: common.Explain = False,
     html: Path | None = None,
@@ -69,7 +70,8 @@ def step(
     compile:
         price the fused, compiled step (not counted yet)
     on:
-        an accelerator (h100-sxm), several as data-parallel ranks (8xh100-sxm), or cpu for the CPU backend's ops
+        an accelerator (h100-sxm), several as data-parallel ranks (8xh100-sxm), cpu for the CPU backend's ops, or local
+        for this machine as bursar bench measured it
     layout:
         how the ranks share the work: dp=N; others come with the planner
     zero_grad:
@@ -85,6 +87,8 @@ def step(
         write a report to this file: pictures and tables on one page that needs no network
     perfetto:
         write a trace of the forecast for ui.perfetto.dev or chrome://tracing
+    benchmark:
+        with --on local, run each op that was not met before once by itself, and remember its seconds
     parquet:
         write the ledger, one row per op, to this file
     csv:
@@ -119,8 +123,11 @@ def step(
                 json,
                 files,
                 asked,
+                benchmark,
             )  # fmt: skip
         return
+    if on == "local":
+        _calibrated()
     with common.progress(f"tracing {model}"):
         from bursar.workload.step import step as trace
 
@@ -136,7 +143,12 @@ def step(
             zero_grad=zero_grad,
             scratch=scratch,
         )
-    forecast = ledger.on(on) if on not in (None, "cpu") and on is not None else None
+        if on == "local":
+            from bursar import bench
+
+            forecast = bench.priced(ledger, benchmark=benchmark, say=common.say).forecast
+        else:
+            forecast = ledger.on(on) if on not in (None, "cpu") and on is not None else None
     _write(files, ledger, forecast, command=asked, gradients=gradients)
     if json:
         from bursar.report.record import step_record
@@ -182,12 +194,15 @@ def _measured(
     json: bool,
     files: dict[str, Path],
     asked: str,
+    benchmark: bool,
 ) -> None:
     """Trace and run the step on this machine; both books. Raises NoAnswer where they do not balance."""
     from bursar.errors import NoAnswer
 
-    if on not in (None, "cpu"):
-        raise BadInput(f"--measure runs the step on this machine, not on {on}; leave --on out")
+    if on not in (None, "cpu", "local"):
+        raise BadInput(f"--measure runs the step on this machine, not on {on}; leave --on out, or give --on local")
+    if on == "local":
+        _calibrated()
     with common.progress(f"measuring {model}"):
         import torch
 
@@ -196,13 +211,20 @@ def _measured(
         from bursar.workload.resolve import resolve
         from bursar.workload.step import step as trace
 
-        device = torch.device("cuda" if torch.cuda.is_available() and on is None else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() and on != "cpu" else "cpu")
         work = resolve(model, **sizes)
         options = {**options, "optimizer": options["optimizer"] or work.optimizer}
         ledger = trace(model, **sizes, **options, on="cpu" if device.type == "cpu" else None, fold=False)
+        priced = None
+        if on == "local":
+            from bursar import bench
+
+            priced = bench.priced(ledger, benchmark=benchmark, say=common.say)
         measured = measure(work, ledger, device, **options)
-        found = reconcile(ledger, measured)
-    _write(files, ledger, None, command=asked, measured=measured, found=found)
+        found = reconcile(ledger, measured, priced.expected if priced is not None else None)
+        if priced is not None:
+            bench.learn(ledger.model.name, priced, measured)
+    _write(files, ledger, priced.forecast if priced is not None else None, command=asked, measured=measured, found=found)
     from bursar.report import reconcile as page
 
     if json:
@@ -211,6 +233,16 @@ def _measured(
         common.print_page(*page.render(ledger, measured, found))
     if not found.balances:
         raise NoAnswer("the books do not balance: " + ", ".join(x.what for x in found.lines if not x.balances))
+
+
+def _calibrated() -> None:
+    """Raise NotCalibrated, before anything is traced, where this machine was not measured as it is now."""
+    import torch
+
+    from bursar import machine, store
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    store.load(machine.current(torch.get_num_threads(), name))
 
 
 @contextlib.contextmanager

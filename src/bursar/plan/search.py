@@ -32,7 +32,8 @@ Array = Any
 
 AXES: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "reshard_after_forward", "sequence_parallel",
                "virtual_stages", "micro_batch", "micro_batches")  # fmt: skip
-GIVEN: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "sequence_parallel", "virtual_stages")
+GIVEN: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "sequence_parallel", "virtual_stages",
+                "micro_batch")  # fmt: skip
 RECOMPUTE: Final = (("none", 1), ("selective", 1), ("full", 1), ("full", 2), ("full", 4), ("full", 8))
 BY: Final = ("time", "cost", "memory")
 CHUNK: Final = 1 << 17  # layouts priced at once: some hundred arrays of a megabyte
@@ -68,7 +69,8 @@ class Question:
     optimizer: str = "adamw"
     framework: str = "megatron-bridge"
     compiled: bool = False
-    fixed: Mapping[str, int] = field(default_factory=dict, hash=False)  # axes that are not searched
+    # axes that are not searched, or of which only some values are
+    fixed: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict, hash=False)
     days: float | None = None  # at most
     budget_usd: float | None = None  # at most
     usd_per_gpu_hour: float | None = None  # in place of the catalogue's
@@ -193,6 +195,12 @@ class Plan:
             f"{best.cluster.name}, {format_bytes(best.device_bytes)} per device"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from bursar.report.plan import notebook
+
+        return notebook(self)
+
     def record(self) -> dict[str, Any]:
         """The fields of ``plan --json``."""
         return {
@@ -207,8 +215,13 @@ class Plan:
         }
 
 
-def search(question: Question, clusters: Sequence[Cluster], by: str = "time", top: int = 10) -> Plan:
+def search(
+    question: Question, clusters: Sequence[Cluster], by: str = "time", top: int = 10, distinct: bool = False
+) -> Plan:
     """The ``top`` layouts of ``question`` on any of ``clusters``, by time, cost or memory.
+
+    ``distinct`` shows of each division of the ranks (dp, tp, pp, cp, ep) the best alone: what it shards, its chunks and
+    micro-batch. All are searched either way.
 
     With ``days`` and a range of clusters, the fewest accelerators come first. Raises BadInput for what cannot be meant;
     where nothing fits, the plan has no layouts and says what comes nearest.
@@ -228,7 +241,7 @@ def search(question: Question, clusters: Sequence[Cluster], by: str = "time", to
     searched, rejected, found = 0, Counter[str](), []
     smallest: tuple[float, str] | None = None
     for cluster in clusters:
-        n, reasons, kept, least = _on(question, cluster, by, top)
+        n, reasons, kept, least = _on(question, cluster, by, top, distinct)
         searched += n
         rejected.update(reasons)
         found.extend(kept)
@@ -269,7 +282,7 @@ class Space:
 def enumerate_layouts(question: Question, n_ranks: int) -> Space:
     """Every layout of ``n_ranks`` ranks that divides; ``searched`` counts the others too."""
     model, S, fixed = question.model, question.seq_len, question.fixed
-    micro = _powers(max(1, int(question.batch * (1 + _SLACK))))
+    micro = _axis(fixed, "micro_batch", _powers(max(1, int(question.batch * (1 + _SLACK)))))
     chunks = (
         _divisors(model.n_layers) if "interleaved" in question.schedules or "dualpipev" in question.schedules else [1]
     )
@@ -283,7 +296,7 @@ def enumerate_layouts(question: Question, n_ranks: int) -> Space:
                 if n_ranks % (tp * pp * cp):
                     continue
                 dp = n_ranks // (tp * pp * cp)
-                if "dp" in fixed and fixed["dp"] != dp:
+                if dp not in _axis(fixed, "dp", [dp]):
                     continue
                 shards = _shardings(dp * cp, fixed)
                 inner = len(_axis(fixed, "sequence_parallel", [0, 1])) * len(shards) * len(micro)
@@ -312,7 +325,7 @@ def _structure(model: Decoder, S: int, dp: int, tp: int, pp: int, cp: int, ep: i
     return ""
 
 
-def _shardings(replicas: int, fixed: Mapping[str, int]) -> list[tuple[int, int, int]]:
+def _shardings(replicas: int, fixed: Mapping[str, int | tuple[int, ...]]) -> list[tuple[int, int, int]]:
     """(stage, reshard after forward, group or 1 for all) over dp·cp ranks: ZeRO 0 to 3, FSDP, HSDP."""
     stages = _axis(fixed, "zero_stage", [0, 1, 2, 3])
     groups = _axis(fixed, "fsdp", [1, *(g for g in _divisors(replicas) if 1 < g < replicas)])
@@ -417,7 +430,7 @@ def one(job: Job, row: int) -> Job:
 
 
 def _on(
-    question: Question, cluster: Cluster, by: str, top: int
+    question: Question, cluster: Cluster, by: str, top: int, distinct: bool = False
 ) -> tuple[int, Counter[str], list[Choice], tuple[float, str] | None]:
     """One cluster: combinations considered, why they were rejected, the best of the rest, the least memory needed."""
     space = enumerate_layouts(question, cluster.count)
@@ -460,10 +473,18 @@ def _on(
                 good &= ~bad
         rank = device if by == "memory" else per_token
         rank = np.where(good, rank, np.inf)
-        order = np.lexsort((device, _significant(rank)))[:top]
+        order = np.lexsort((device, _significant(rank)))
+        if distinct:
+            order = order[np.sort(np.unique(_division(job)[order], return_index=True)[1])]
+        order = order[:top]
         best += [(float(rank[i]), float(device[i]), job, int(i)) for i in order if np.isfinite(rank[i])]
     searched += (seen - len(space.columns["dp"]) * ways) if seen else 0  # further schedules of the same layouts
     best.sort(key=lambda entry: (entry[0], entry[1]))
+    if distinct:
+        seen_divisions: dict[int, tuple[float, float, Job, int]] = {}
+        for entry in best:
+            seen_divisions.setdefault(int(_division(entry[2])[entry[3]]), entry)
+        best = list(seen_divisions.values())
     kept = [priced(question, one(job, row), cluster) for _, _, job, row in best[:top]]
     return searched, Counter({why: n for why, n in rejected.items() if n}), kept, least
 
@@ -476,6 +497,14 @@ def _some(job: Job, rows: Any) -> Job:
         job, layout=layout,
         micro_batch=np.asarray(job.micro_batch)[rows], micro_batches=np.asarray(job.micro_batches)[rows],
     )  # fmt: skip
+
+
+def _division(job: Job) -> Array:
+    """One number for each way the ranks are divided: dp, tp, pp, cp, ep."""
+    code = np.zeros(np.shape(job.micro_batch), dtype=np.int64)
+    for axis in ("dp", "tp", "pp", "cp", "ep"):
+        code = code * 4093 + np.asarray(getattr(job.layout, axis))
+    return code
 
 
 def _significant(values: Array) -> Array:
@@ -639,8 +668,11 @@ def _powers(limit: int) -> list[int]:
     return [1 << k for k in range(limit.bit_length())]
 
 
-def _axis(fixed: Mapping[str, int], name: str, free: list[int]) -> list[int]:
-    return [fixed[name]] if name in fixed else free
+def _axis(fixed: Mapping[str, int | tuple[int, ...]], name: str, free: list[int]) -> list[int]:
+    given = fixed.get(name)
+    if isinstance(given, int):
+        return [given]
+    return free if given is None else [value for value in free if value in given]
 
 
 def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:

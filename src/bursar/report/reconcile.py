@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bursar.ledger import Ledger
-from bursar.reconcile import Line, Measured, Part, Reconciliation
+from bursar.reconcile import BUSY, Line, Measured, Part, Reconciliation
 from bursar.report.record import SCHEMA_VERSION
 from bursar.report.text import line, note, table
 from bursar.units import format_bytes, format_flops, format_rate, format_seconds, format_share
@@ -31,6 +31,7 @@ def record(ledger: Ledger, measured: Measured, found: Reconciliation) -> dict[st
                 "error": x.error,
                 "tolerance": x.tolerance,
                 "balances": x.balances,
+                "judged": x.judged,
                 "cause": x.cause or None,
             }
             for x in found.lines
@@ -41,12 +42,15 @@ def record(ledger: Ledger, measured: Measured, found: Reconciliation) -> dict[st
             "slowest": measured.spread[1],
             "steps": len(measured.step_seconds),
             "cpu": measured.cpu_seconds,
+            "thread": measured.by("cpu") if measured.thread_seconds else None,
+            "threads": measured.threads,
             "busy": measured.busy or None,
         },
         "by_kind": _records(found.by_kind),
         "by_phase": _records(found.by_phase),
         "by_module": _records(found.by_module),
         "unmatched_rows": found.unmatched,
+        "notes": list(measured.notes),
         "assumptions": list(ledger.assumptions),
         "versions": dict(ledger.versions),
     }
@@ -54,7 +58,12 @@ def record(ledger: Ledger, measured: Measured, found: Reconciliation) -> dict[st
 
 def _records(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return [
-        {"name": p.name, "calls": p.calls, "flops": p.flops, "bytes": p.moved_bytes, "seconds": p.seconds}
+        {
+            "name": p.name, "calls": p.calls, "flops": p.flops, "bytes": p.moved_bytes, "seconds": p.seconds,
+            "forecast_seconds": p.forecast_seconds, "measured_seconds": p.span_seconds,
+            "allocated_bytes": p.allocated_bytes, "measured_allocated_bytes": p.measured_bytes,
+            "cause": p.cause or None,
+        }
         for p in parts
     ]
 
@@ -79,6 +88,10 @@ def render(ledger: Ledger, measured: Measured, found: Reconciliation) -> Iterato
     )
     if measured.busy:
         yield note(f"{measured.busy}; the seconds below are not to be trusted, measure again")
+    for text in measured.notes:
+        yield note(text)
+    if any(p.forecast_seconds is not None for p in found.by_kind):
+        yield from _beside(found)
     total = measured.profiled_seconds
     for title, parts in (("By kind", found.by_kind), ("By phase", found.by_phase), ("By module", found.by_module)):
         yield table(title, ("", "seconds", "share", "FLOPs", "achieved", "moved"),
@@ -95,12 +108,35 @@ def render(ledger: Ledger, measured: Measured, found: Reconciliation) -> Iterato
         yield note(text)
 
 
+def _beside(found: Reconciliation) -> Iterator[Any]:
+    """Forecast and measured seconds of each part, the largest differences first; what was allocated in both."""
+    for title, parts in (("kind", found.by_kind), ("phase", found.by_phase), ("module", found.by_module)):
+        yield table(
+            f"Seconds by {title}, the largest differences first (measured: calls around the ops included)",
+            ("", "forecast", "measured", "difference", "allocates", "measured"),
+            [
+                (
+                    p.name,
+                    format_seconds(p.forecast_seconds or 0.0),
+                    format_seconds(p.span_seconds),
+                    ("+" if p.difference >= 0 else "−") + format_seconds(abs(p.difference)),
+                    format_bytes(p.allocated_bytes) if p.allocated_bytes else "",
+                    format_bytes(p.measured_bytes) if p.measured_bytes else "",
+                )
+                for p in parts[:_LONGEST]
+            ],
+        )
+        for p in parts[:_LONGEST]:
+            if p.cause and p.cause != BUSY:
+                yield note(f"{p.name}: {p.cause}")
+
+
 def cells(x: Line) -> tuple[str, str, str, str, str, str]:
     """One line as a table shows it: what, forecast, measured, error, tolerance, and whether it is beyond that."""
     write = _WRITE[x.unit]
     error = "equal" if x.predicted == x.measured else f"{x.error:+.2%}"
     within = "exact" if not x.tolerance else f"±{x.tolerance:.0%}"
-    return x.what, write(x.predicted), write(x.measured), error, within, "" if x.balances else "does not balance"
+    return x.what, write(x.predicted), write(x.measured), error, within, ("" if x.balances else "does not balance") if x.judged else "not judged"
 
 
 def _part(p: Part, total: float) -> tuple[str, ...]:

@@ -56,7 +56,8 @@ def _goodput(run: Run, left: Goodput) -> Iterator[Any]:
         ("wall time", format_seconds(left.wall_seconds), f"{format_seconds(run.seconds)} without failures"),
         ("interruptions", f"{left.interruptions:,.0f}", f"one every {format_seconds(left.mtbf_seconds)}"
          if left.interruptions else "none"),
-        ("checkpoint", format_seconds(left.checkpoint_seconds), f"after {format_seconds(left.interval_seconds)} of work"),
+        ("checkpoint", format_seconds(left.checkpoint_seconds),
+         f"after {format_seconds(left.interval_seconds)} of work"),
     ]  # fmt: skip
     if run.usd is not None:
         rows.append(("cost", format_usd(run.usd / left.share), ""))

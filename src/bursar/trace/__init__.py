@@ -14,8 +14,8 @@ from bursar.trace.session import Session
 def tracing(on: str | None = None, *, scratch: str = "asked") -> Iterator[Session]:
     """Record what the code inside costs; nothing real is allocated in here and ``"cuda"`` means the fake accelerator.
 
-    ``on`` is a catalogue name, checked at once, or ``"cpu"`` for the ops and memory of the CPU backend; without it the
-    ops are a GPU's. Afterwards ``session.ledger`` is the block's last optimizer step, earlier ones being warm-up; with
+    ``on`` is a catalogue name, checked at once, ``"cpu"`` for the ops and memory of the CPU backend, or ``"local"``
+    for this machine's; without it the ops are a GPU's. Afterwards ``session.ledger`` is the block's last optimizer step, earlier ones being warm-up; with
     no optimizer step, the whole block.
 
     ``scratch`` says where, on the CPU backend, what a kernel takes for itself comes from: ``"asked"``, a kernel of
@@ -24,7 +24,9 @@ def tracing(on: str | None = None, *, scratch: str = "asked") -> Iterator[Sessio
     Raises UnknownName for an accelerator not in the catalogue, DataDependent where the code needs a tensor's values,
     and whatever the code itself raises. torch, modules, buffers, gradients and random state are left as they were.
     """
-    if on not in (None, "cpu", "local"):
+    if on == "local":
+        on = None if torch.cuda.is_available() else "cpu"
+    if on not in (None, "cpu"):
         from bursar.hardware import cluster
 
         cluster(on)

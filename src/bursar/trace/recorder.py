@@ -339,7 +339,7 @@ class Recorder(TorchDispatchMode):
         if self.operands is not None and phase == "optimizer":
             self.operands[row_number] = self._operands(info, args, kwargs, outs)
         if self.calls is not None:
-            self.calls.append(self._call(func, args, kwargs, outs))
+            self.calls.append(self._call(func, args, kwargs, outs, info.asked))
         self.rows.append(Row(phase, kind, info.name, module, dtype, shapes, dtypes, work, allocated, reads_weight))
 
     def _priced(self, key: tuple[Any, ...], info: _OpInfo, args: Any, kwargs: Any, outs: list[Any]) -> _Priced:
@@ -432,7 +432,7 @@ class Recorder(TorchDispatchMode):
         named = {**dict(zip(info.arg_names, args, strict=False)), **(kwargs or {})}
         return Operands(self._op(info, args, kwargs, outs), {k: storage(v) for k, v in named.items()}, storage(outs))
 
-    def _call(self, func: Any, args: Any, kwargs: Any, outs: list[Any]) -> Call:
+    def _call(self, func: Any, args: Any, kwargs: Any, outs: list[Any], asked: Any) -> Call:
         """The call as it can be made again, and which call in Python it came from: a frame at one of its instructions.
 
         A C++ composite (an unrolled GRU) runs thousands of ops from one such place. A Python loop of a single op looks
@@ -445,7 +445,8 @@ class Recorder(TorchDispatchMode):
         if site != self._site:
             self._site, self._sites = site, self._sites + 1
         views, self._views = self._views, 0
-        named = tuple((k, self._operand(v)) for k, v in kwargs.items()) if kwargs else ()
+        own = (kwargs or {}).items()  # without the mask that this recorder gives to ops that do not hear it
+        named = tuple((k, self._operand(v)) for k, v in own if not (asked and k == "output_mask"))
         outputs = tuple(self._operand(t) for t in outs)
         return Call(str(func), tuple(self._operand(a) for a in args), named, outputs, self._sites, views)
 

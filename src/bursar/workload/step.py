@@ -54,7 +54,8 @@ def step(
     ``model`` is a module, a callable returning one (or a module and a batch), or a name as on the command line; a
     module is copied onto fake tensors and itself not touched. ``batch`` is a tensor, a tuple of arguments or a dict of
     keyword arguments for its forward. ``batch_size`` is the micro-batch of one data-parallel rank in samples,
-    ``accumulate`` the micro-batches per step. ``on`` is a catalogue name, ``"cpu"``, or None for a GPU in general;
+    ``accumulate`` the micro-batches per step. ``on`` is a catalogue name, ``"cpu"``, ``"local"`` for this machine's ops
+    as `Ledger.on` prices them from `bursar bench`, or None for a GPU in general;
     ``"8xh100-sxm"`` is eight data-parallel ranks. ``zero_grad`` says what becomes of the gradients after the update:
     ``"none"`` frees them, ``"zeros"`` keeps them, filled with zeros. ``loss(module, batch)`` returns the scalar to
     differentiate; without it the model's own loss is used, else the mean of its output. ``fold`` lets four of many
@@ -66,6 +67,8 @@ def step(
     """
     _check(precision, optimizer, recompute, accumulate, zero_grad, scratch)
     replicas = 1
+    if on == "local":  # this machine's own ops, each with its call: blocks written from others alike have none
+        on, fold = None if torch.cuda.is_available() else "cpu", False
     if on not in (None, "cpu"):
         assert on is not None
         replicas = cluster(on).count
