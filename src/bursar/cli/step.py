@@ -224,7 +224,9 @@ def _measured(
         found = reconcile(ledger, measured, priced.expected if priced is not None else None)
         if priced is not None:
             bench.learn(ledger.model.name, priced, measured)
-    _write(files, ledger, priced.forecast if priced is not None else None, command=asked, measured=measured, found=found)
+    _write(
+        files, ledger, priced.forecast if priced is not None else None, command=asked, measured=measured, found=found
+    )
     from bursar.report import reconcile as page
 
     if json:
