@@ -138,6 +138,7 @@ def step(
             on=on,
             zero_grad=zero_grad,
         )
+        forecast: Forecast | None
         if on == "local":
             from bursar import bench
 
