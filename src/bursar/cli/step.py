@@ -143,6 +143,7 @@ def step(
             zero_grad=zero_grad,
             scratch=scratch,
         )
+        forecast: Forecast | None
         if on == "local":
             from bursar import bench
 
