@@ -560,3 +560,8 @@ def test_a_page_is_titled_by_its_set_up(small):
     text = whole(State(SETUP), small, None)
     assert "<title>gpt2 on 8 × NVIDIA H100 SXM5 80GB · bursar</title>" in text
     assert len(re.findall(r"<h1", text)) == 1
+
+
+def test_a_reply_does_not_wait_for_the_acknowledgement_of_its_head():
+    with listen(0) as sock:
+        assert sock.proto == socket.IPPROTO_TCP  # asyncio turns Nagle's algorithm off for such sockets alone

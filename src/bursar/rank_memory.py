@@ -27,7 +27,7 @@ from bursar.jobs import Count, Decoder, Job, Layout
 from bursar.rules import transformer
 
 RANKS = ("worst", "first", "last")
-MEGATRON = ("megatron", "megatron-deepspeed", "megatron-bridge", "nemo")
+MEGATRON = ("megatron", "megatron-deepspeed", "megatron-bridge", "nemo", "megascale")
 _HOPPER = ("h100", "h200", "h800", "b200", "b300", "gb200", "gb300", "gh200")  # compute capability 9 and later
 STATE_BYTES: dict[str, tuple[float, float]] = {
     # of one element, without the fp32 master copy: of a matrix, and of the rest (vectors, tables, the head)
@@ -118,9 +118,11 @@ class _Case(NamedTuple):
     habits: Framework
     own: Mapping[str, Any]  # what memory.toml says of the framework
     e: int  # bytes of an activation's element
+    closed: bool  # plain torch on decoders that `rules.transformer` writes down
     engine: bool  # Transformer Engine runs the blocks
     local: bool  # Megatron's own layers do
     naive: bool  # scores are stored
+    gated: int  # hidden widths that a gated activation keeps
     dropout: int
     rotary: bool
     eighth: bool  # products keep what they multiply in 8 bits
@@ -131,20 +133,33 @@ def _case(job: Job, cluster: Cluster) -> _Case:
     habits = framework(job.framework)
     model, known = job.model, constants()["framework"]
     impl = job.flags.get("impl", "")
-    of_megatron = habits.name in ("megatron", "megatron-bridge", "nemo")
+    of_megatron = habits.name in MEGATRON and habits.name != "megatron-deepspeed"
+    own = known.get(habits.name, known["plain"])
     learned = bool(model.learned_positions) or model.norm == "layernorm"
     return _Case(
         habits,
-        known.get(habits.name, known["plain"]),
+        own,
         4 if job.precision == "fp32" else 2,
+        habits.name == "plain" and _is_closed(job),
         of_megatron and impl != "local",
         impl == "local",
         job.attention == "naive" or impl == "local",
+        min(own["glu_kept"], 3) if job.compiled else own["glu_kept"],  # the compiler fuses it
         habits.dropout if learned else 0,  # models since Llama are trained without
         not model.learned_positions,
         of_megatron and job.precision in ("fp8", "mxfp8", "nvfp4") and job.fp8_everywhere,
         cluster.accelerator.name.startswith(_HOPPER),
     )
+
+
+def _is_closed(job: Job) -> bool:
+    """Whether the closed form of one device covers the job: no split, no experts, no latent attention, no BERT."""
+    lay, model = job.layout, job.model
+    whole = all(np.all(np.asarray(n) == 1) for n in (lay.tp, lay.pp, lay.cp))
+    if not whole or model.n_experts or model.latent is not None or not model.causal or model.n_encoder_layers:
+        return False
+    kernel = job.precision == "fp32" or (model.head_dim % 8 == 0 and model.head_dim <= 256)
+    return kernel and job.recompute in ("none", "full") and job.attention != "naive"
 
 
 def padded_vocabulary(job: Job) -> Any:
@@ -310,15 +325,17 @@ def _ends(job: Job, stage: int) -> Ends:
 def _activations(job: Job, case: _Case, tokens: Count, moe: bool = False) -> tuple[Any, Any, Any]:
     """`Block.saved`, ``input`` and ``working`` of a block over ``tokens`` tokens of a sequence."""
     model, lay, e = job.model, job.layout, case.e
-    if case.habits.name == "plain":
+    if case.closed:
         return _plain_block(job, tokens)
     T = job.micro_batch * tokens / lay.cp
     x = T * model.d_model / _sequence(job) * e
     attention = _attention_bytes(job, case, tokens, tokens)
-    norm = 2 * x + T / _sequence(job) * (8 if model.norm == "layernorm" else 4) + x / e * (case.dropout - case.eighth)
+    whole = T * model.d_model * e
+    norm = x + (whole if case.own["gathered"] else x) + T / _sequence(job) * (8 if model.norm == "layernorm" else 4)
+    norm = norm + x / e * (case.dropout - case.eighth)
     hidden = _moe_bytes(job, case, T) if moe else _mlp_bytes(model, case, T * model.d_ff / lay.tp)
     saved = attention + norm + hidden
-    working = 2 * x + T * e * _widest(job, moe)
+    working = x + whole + T * e * _widest(job, moe)  # sequence parallel inputs are gathered for their weights' gradient
     core = _core_bytes(job, case, tokens, tokens)
     if job.recompute == "selective":
         saved = saved - core
@@ -349,21 +366,20 @@ def _attention_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
     t, S = lay.tp, _sequence(job)
     T, U = job.micro_batch * queries / lay.cp, job.micro_batch * keys / lay.cp
     x = T * model.d_model / S * e
-    saved = 2 * x + T / S * (8 if model.norm == "layernorm" else 4) + x / e * case.dropout
+    given = T * model.d_model * e if case.own["gathered"] else x  # what the norm puts out, as the product keeps it
+    saved = x + given + T / S * (8 if model.norm == "layernorm" else 4) + x / e * case.dropout
     Q, V = model.query_width / t, model.value_width / t
     if model.latent is not None:
         m = model.latent
-        saved = (
-            saved + T * (2 * m.q_rank + 2 * m.kv_rank + m.rope_dim) * e
-        )  # each down-projection and its norm's output
+        # each down-projection and its norm's output
+        saved = saved + T * (2 * m.q_rank + 2 * m.kv_rank + m.rope_dim) * e
         qkv = T * (2 * Q + V) * e
     else:
         kv = _key_heads(model, t) * model.head_dim
         qkv = T * Q * e + U * 2 * kv * e
         if case.rotary and case.engine and case.new and not case.naive:
-            qkv = (
-                qkv + T * (Q + kv) * e
-            )  # values are a view of the one product, which stays beside turned queries, keys
+            # values are a view of the one product, which stays beside the turned queries and keys
+            qkv = qkv + T * (Q + kv) * e
     if "qk_layernorm" in job.flags and model.latent is None:
         qkv = qkv + 2 * (T * Q + U * _key_heads(model, t) * model.head_dim) * e  # both norms' inputs, as copies
     out = T * V * e
@@ -385,7 +401,7 @@ def _core_bytes(job: Job, case: _Case, queries: Count, keys: Count) -> Any:
 
 def _mlp_bytes(model: Decoder, case: _Case, n: Any) -> Any:
     """GELU keeps its input and the next product its output; a gated one both branches and the product's input."""
-    kept = case.e * (case.own["glu_kept"] if model.gated_mlp else 2)
+    kept = case.e * (case.gated if model.gated_mlp else 2)
     return n * (kept - case.eighth)
 
 
@@ -552,6 +568,9 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     if "bf16_states" in job.flags:
         parameter, gradient, other_state = 2.0, 2.0, other_state / 2
         matrix_state = matrix_state if "8bit" in job.optimizer else matrix_state / 2
+        trained = trained / 2
+    if "8bit" in job.optimizer or "fused_update" in job.flags:  # one kernel, in place: no lists of temporaries
+        trained = 0.0
     if "offload_states" in job.flags:  # and their update with them
         matrix_state = other_state = trained = 0.0
     if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
@@ -559,7 +578,9 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     parameters = held(3, parameter, parameter)
     gradients = held(2, gradient, gradient)
     states = held(1, matrix_state, other_state)
-    elements = held(1, trained, trained)
+    if "finetune_lora" in job.flags:  # the adapters are small beside what they adapt, which is frozen
+        gradients, states = 0 * gradients, 0 * states
+    elements = held(1, trained, trained) * ("finetune_lora" not in job.flags)
     # ---- activations
     T = job.micro_batch * job.seq_len / lay.cp
     x = T * model.d_model / _sequence(job) * e
@@ -570,10 +591,11 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
         layers = layers * np.maximum(1 - job.offload_layers / np.maximum(here, 1), 0)
     layers = layers + mtp * (last_kind.saved + 3 * x)
     activations = layers + np.where(one | (stage == _FIRST), _first_chunk(job) * x / e * case.dropout, 0)
-    activations = activations + np.where(with_loss, 2 * x, 0)  # the last norm's input and output
+    whole = T * model.d_model * e  # the head's input, gathered where the sequence is shared
+    activations = activations + np.where(with_loss, x + np.where(x < whole, whole, x), 0)  # and the last norm's
     if case.habits.name == "megatron-deepspeed":  # runtime/pipe/engine.py keeps a stage's outputs until their backward
         activations = activations + np.where(with_loss, 0, _first_chunk(job) * x)
-    if case.habits.name == "plain":
+    if case.closed:
         made = _closed_form(job, job.seq_len)
         activations = layers + made.embedding.saved_bytes + made.head.saved_bytes
     working: Any = 0
@@ -584,17 +606,19 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     queries = int(job.flags.get("decoder_seq_len") or job.seq_len) if model.n_encoder_layers else job.seq_len
     rows = job.micro_batch * queries / lay.cp
     logit = case.own["logit_bytes"] + (2 if fp32 and case.own["logit_bytes"] == 6 else 0)
-    if case.habits.name == "plain":
+    if case.closed:
         # the log-softmax is among what backward keeps; its gradient and the logits' come on top
         logit = {"fp32": 8, "bf16": 4}.get(job.precision, 10)
     logit = min(logit, float(job.flags.get("logit_bytes") or logit))  # a loss that is not the framework's
     logits = np.where(with_loss, rows * vocabulary * (logit + 4 * mtp), 0) / float(job.flags.get("loss_chunks") or 1)
     # ---- buffers
-    unit = 0.0 * ends.table + ends.table
+    unit = np.minimum(ends.table, vocabulary * model.d_model)  # the embedding and the head are a unit each
     for _, b in kinds:
         unit = np.maximum(unit, b.dense + b.expert)
     gathers = (zero >= 3) & (shards > 1)
-    buffers = np.where(gathers, 2 * unit * e, 0)  # the unit at work and the next one
+    # The unit at work and the next one; all of them where they stay until backward
+    stay = np.asarray(lay.reshard_after_forward) == 0
+    buffers = np.where(gathers, np.where(stay, dense + expert + other, 2 * unit) * e, 0)
     buffers = buffers + np.where(one, 0, 2 * x)  # what comes and what goes
     reduce = np.where(gathers, unit * gradient, 0)  # a unit's gradients before they are scattered
     if case.habits.name == "megatron-deepspeed":
@@ -639,11 +663,25 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     parts = {name: _plain(value) for name, value in parts.items()}
     total = sum(parts.values())
     # Freed blocks seldom suit what comes next: a pool grows to the sum of what each kind takes at its fullest
-    most = base + gradients + late + activations + np.maximum(logits, working + reduce)
+    most = base + gradients + late + activations + logits + working + reduce
     reserved = np.maximum(most, total * (1 + constants()["allocator"]["least_reserve"]))
     outside = constants()["context"]
     device = reserved + outside["cuda_bytes"] + outside["driver_bytes"] + outside["nccl_bytes"] * _groups(job)
-    return RankMemory(total, _plain(steady), _plain(reserved), _plain(device), parts)
+    return RankMemory(total, _plain(steady), _plain(reserved), _plain(device), parts, _assumptions(job))
+
+
+def _assumptions(job: Job) -> tuple[str, ...]:
+    """What the figures take for granted of this job."""
+    made = []
+    if job.model.n_experts:
+        made.append("each expert gets as many tokens as the others")
+    if "mamba_hybrid" in job.flags:
+        made.append("state-space layers are counted as attention and feed-forward")
+    if "finetune_lora" in job.flags:
+        made.append("adapters take no memory")
+    if job.model.n_encoder_layers and np.any(np.asarray(job.layout.pp) > 1):
+        made.append("encoder and decoder layers are spread evenly over the stages")
+    return tuple(made)
 
 
 def _element_bytes(job: Job, case: _Case) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from bursar.run import spent
 from bursar.step_time import StepTime, step_time
 
 RECOMPUTE: Final = (("none", 1), ("selective", 1), ("full", 1))
+OF_THE_WHOLE: Final = ("cpu-offload", "sparse-gradients")  # levers that take a rank's parameters to be all of them
 TOKENS_PER_PIECE: Final = 4096  # context parallelism below this many tokens of a rank is nobody's first try
 
 
@@ -60,7 +61,7 @@ def narrowed(question: Question, cluster: Cluster) -> Question:
         "zero_stage": (0, 1, 3),
         "fsdp": (1,),
         "virtual_stages": (1, 2, 4, 5),
-        "micro_batch": _powers(8 if cluster.count > 1 else 256),
+        "micro_batch": _powers(max(8, 512 // cluster.count)),
     }
     return replace(
         question, fixed={**few, **question.fixed}, schedules=("1f1b", "interleaved"),
@@ -126,8 +127,11 @@ def pulled(choice: Choice) -> tuple[Outcome, tuple[Pulled, ...]]:
     """What ``choice`` takes, and what each lever alone would make of it, all else as it is."""
     base, on, settings = Case(choice.job), choice.cluster, Settings()
     found = []
+    split = choice.job.layout.tp * choice.job.layout.pp > 1
     for row in LEVERS:
         after = row.apply(base, on, settings)
+        if split and row.name in OF_THE_WHOLE and not isinstance(after, str):
+            after = "worked out for data parallelism alone, and this layout splits the model"
         found.append(Pulled(row, None, after) if isinstance(after, str) else Pulled(row, measure(after, on)))
     return measure(base, on), tuple(found)
 

@@ -43,6 +43,10 @@ TIME = {  # parts of a step, in words; what is sent counts as far as nothing hid
 }
 
 
+NAMES = {  # of parts whose key is a letter or two
+    "tp": "tensor parallel", "cp": "context parallel", "ep": "expert parallel", "dp": "data parallel",
+    "pp_send": "pipeline sends", "bubble": "pipeline bubble",
+}  # fmt: skip
 LABELS = {  # of each figure: how it is called, and how it is written
     "time": ("Time", "seconds"), "usd": ("Cost", "usd"), "mfu": ("MFU", "share"), "memory": ("Memory per GPU", "bytes"),
     "step": ("One step", "seconds"), "hours": ("GPU-hours", "hours"), "kwh": ("Energy", "kwh"),
@@ -85,6 +89,15 @@ class Part:
     says: str = ""
 
 
+def named(part: str) -> str:
+    """A part's name in words.
+
+    >>> named("tp"), named("optimizer_state")
+    ('tensor parallel', 'optimizer state')
+    """
+    return NAMES.get(part, part.replace("_", " "))
+
+
 def layout_words(choice: Choice) -> tuple[str, str]:
     """The layout in two lines: how ranks share the work, and how each does its part. What is 1 is left out."""
     lay, job = choice.job.layout, choice.job
@@ -116,10 +129,10 @@ def _parts(values: Mapping[str, float], words: Mapping[str, str]) -> tuple[Part,
 
 
 def against(best: Choice, other: Choice) -> str:
-    """By which part of a step ``other`` is slower than ``best``, for the same tokens; nothing where it is not."""
+    """The part of a step by which ``other`` is slowest against ``best``, for the same tokens; nothing where none is."""
     for name, seconds in why(best, other):
         if seconds > 0:
-            return f"{name.replace('_', ' ')} +{format_seconds(seconds)}"
+            return f"{named(name)} +{format_seconds(seconds)}"
     return ""
 
 
@@ -198,25 +211,19 @@ def brief(choice: Choice) -> dict[str, Figure]:
 
 def _ranges(choice: Choice) -> dict[str, tuple[float | None, float | None, float | None]]:
     """Each figure's value and its 80 % interval: time's for what grows with the step, its inverse for rates."""
-    step, interval = choice.step_seconds, choice.step_interval
-    outside = choice.device_bytes - choice.peak_bytes
-    low, high = (None, None) if interval is None else (interval[0] / step, interval[1] / step)
+    step, outside = choice.step_seconds, choice.device_bytes - choice.peak_bytes
+    low, high = (bound / step for bound in choice.step_interval)
 
     def grows(value: float | None) -> tuple[float | None, float | None, float | None]:
-        if value is None or low is None or high is None:
-            return value, None, None
-        return value, value * low, value * high
+        return (None, None, None) if value is None else (value, value * low, value * high)
 
     def shrinks(value: float, most: float) -> tuple[float | None, float | None, float | None]:
-        if low is None or high is None:
-            return value, None, None
         return value, value / high, min(most, value / low)
 
-    peak = choice.peak_interval
-    memory = (None, None) if peak is None else (peak[0] + outside, peak[1] + outside)
+    memory = tuple(bound + outside for bound in choice.peak_interval)
     return {
         "time": grows(choice.seconds), "usd": grows(choice.usd), "mfu": shrinks(choice.mfu, 1.0),
-        "memory": (choice.device_bytes, *memory), "step": grows(step), "hours": grows(_gpu_hours(choice)),
+        "memory": (choice.device_bytes, memory[0], memory[1]), "step": grows(step), "hours": grows(_gpu_hours(choice)),
         "kwh": grows(choice.kwh), "rate": shrinks(choice.tokens_per_gpu_second, math.inf),
     }  # fmt: skip
 
@@ -338,7 +345,7 @@ def _memory(choice: Choice) -> Why:
 def _step(choice: Choice) -> Why:
     return Why(
         "the sum of the parts, on the slowest rank, as far as nothing hides them",
-        tuple(Input(p.name.replace("_", " "), format_seconds(p.value), p.says) for p in time_parts(choice)),
+        tuple(Input(named(p.name), format_seconds(p.value), p.says) for p in time_parts(choice)),
         "Efficiencies and networks: catalog/coefficients.toml, from datasheets and published microbenchmarks, none "
         "fitted to a step. " + _learnt(choice, "step_time"),
     )

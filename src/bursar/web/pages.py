@@ -13,7 +13,7 @@ from markupsafe import Markup
 from bursar import __version__
 from bursar.errors import printable
 from bursar.report.bars import bar
-from bursar.report.outlook import LABELS, Change, Figure, Part, ratio
+from bursar.report.outlook import LABELS, Change, Figure, Part, named, ratio
 from bursar.units import format_bytes, format_count, format_seconds, format_share, format_usd
 from bursar.web.answers import Answered
 from bursar.web.state import EVERY, SECOND, Setup, State, form, query, shown, written
@@ -34,8 +34,6 @@ WRITE: dict[str, Callable[[Any], str]] = {
     "hours": lambda x: f"{format_count(x)} h",
     "kwh": lambda x: f"{format_count(x)} kWh",
 }
-WORDS = {"tp": "tensor parallel", "cp": "context parallel", "ep": "expert parallel", "dp": "data parallel",
-         "pp_send": "pipeline sends", "bubble": "pipeline bubble"}  # fmt: skip
 
 
 def _figure(f: Figure) -> str:
@@ -60,11 +58,16 @@ def _time_bar(answered: Answered) -> Markup:
 
 
 def _parts(parts: Sequence[Part], prefix: str, write: Any) -> list[tuple[str, float, str]]:
-    return [(f"{prefix}-{p.name}", p.value, f"{_words(p.name)} {write(p.value)}") for p in parts]
+    return [(f"{prefix}-{p.name}", p.value, f"{named(p.name)} {write(p.value)}") for p in parts]
 
 
-def _words(name: str) -> str:
-    return WORDS.get(name, name.replace("_", " "))
+def _more(n_bytes: float) -> str:
+    return "0" if not n_bytes else f"{'-' if n_bytes < 0 else '+'}{format_bytes(abs(n_bytes))}"
+
+
+def _slower(share: float) -> str:
+    text = f"{share:+.1%}".replace("%", " %")
+    return text[1:] if text[1:] == "0.0 %" else text
 
 
 @cache
@@ -76,13 +79,11 @@ def _templates() -> Environment:
     )  # fmt: skip
     made.filters |= {
         "shown": _figure, "low": lambda f: _bound(f, f.low), "high": lambda f: _bound(f, f.high),
-        "words": _words, "bytes": format_bytes, "seconds": format_seconds, "share": format_share,
+        "words": named, "bytes": format_bytes, "seconds": format_seconds, "share": format_share,
         "times": lambda x: "n/a" if x is None else f"{format_count(x)} ×",
         "link": _link,
         "every": lambda setup, side, other: _link(replace(setup, search=EVERY), side, other),
-        "more": lambda x: f"{'-' if x < 0 else '+'}{format_bytes(abs(x))}",
-        "slower": lambda x: f"{'-' if x < 0 else '+'}{format_share(abs(x))}", "memory_bar": _memory_bar,
-        "time_bar": _time_bar,
+        "more": _more, "slower": _slower, "memory_bar": _memory_bar, "time_bar": _time_bar,
     }  # fmt: skip
     return made
 

@@ -23,7 +23,8 @@ def need_web() -> None:
 
 def listen(port: int) -> socket.socket:
     """A socket of the loopback on ``port``; 0 takes any that is free. Raises BadInput for one that is taken."""
-    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # named as TCP, or asyncio leaves Nagle's algorithm on and every reply waits 40 ms for an acknowledgement
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a page that ended a moment ago leaves its port waiting
     try:
         made.bind((LOOPBACK, port))
