@@ -587,19 +587,18 @@ def _states(job: Job, case: _Case, elements: Elements) -> _States:
     if "bf16_states" in job.flags:
         parameter, gradient, other = 2.0, 2.0, other / 2
         matrix = matrix if "8bit" in job.optimizer else matrix / 2
+    updated = trained / 2 if "bf16_states" in job.flags and not case.closed else trained
     if "8bit" in job.optimizer or "fused_update" in job.flags:  # one kernel, in place: no lists of temporaries
-        listed = 0.0
-    else:
-        listed = 0.5 if "bf16_states" in job.flags and not case.closed else 1.0
+        updated = 0.0
     late = case.own["late_bytes"] * trained if job.precision not in ("fp32", "fp16") else 0
     if "offload_states" in job.flags:  # and their update with them
-        matrix = other = trained = 0.0
+        matrix = other = updated = 0.0
     if job.precision == "fp16" and case.habits.name in MEGATRON and not job.gradient_bytes:
         matrix, other = matrix + 4, other + 4  # the gradient of the master copy, kept
     step = parameter if case.closed else case.own["step_bytes"]  # a list kernel's temporary is of the states' dtype
     return _States(
         elements.held(job, 3, parameter, parameter), elements.held(job, 2, gradient, gradient),
-        elements.held(job, 1, matrix, other), elements.held(job, 1, trained, trained) * step * listed,
+        elements.held(job, 1, matrix, other), elements.held(job, 1, updated, updated) * step,
         elements.held(job, 3, late, late), gradient,
     )  # fmt: skip
 
@@ -684,7 +683,7 @@ def _stage(job: Job, cluster: Cluster, stage: int) -> RankMemory:
     tokens = job.micro_batch * job.seq_len / lay.cp
     inputs = np.where(with_loss | (stage == _FIRST), tokens * 8 * 2, 0)  # tokens and targets, 8 bytes each
     workspace = _workspace(job, case)
-    # Megatron-FSDP gathers what is in no unit once and for all; its units are blocks: distributed/fsdp/mcore_fsdp_adapter.py
+    # Megatron-FSDP's units are blocks, and what is in none is gathered for good; fsdp/mcore_fsdp_adapter.py
     stays = (elements.table + elements.rest) * case.e * int("megatron_fsdp" in job.flags)
     buffers = buffers + stays
     steady = parameters + states + workspace + (gradients if case.own["gradients_stay"] else 0)
