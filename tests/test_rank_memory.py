@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bursar
 from bursar.architecture import preset
 from bursar.errors import BadInput, UnknownName
 from bursar.hardware import accelerator, cluster
@@ -127,6 +128,18 @@ def test_on_one_device_plain_torch_holds_what_the_closed_form_says(name, precisi
         rank_memory(small, H100).parts["activations"]
         == transformer.count(shape, small.micro_batch, 1024, precision=precision).saved_bytes
     )
+
+
+@pytest.mark.parametrize(("name", "batch", "seq", "precision", "recompute"), [
+    ("gpt2", 2, 1024, "bf16", "none"), ("gpt2", 2, 1024, "fp32", "full"), ("llama3-8b", 1, 8192, "bf16", "full"),
+])  # fmt: skip
+def test_on_one_device_plain_torch_peaks_where_its_trace_does(name, batch, seq, precision, recompute):
+    traced = bursar.step(
+        name, batch_size=batch, seq_len=seq, precision=precision, recompute=recompute, on="h100-sxm"
+    ).memory.peak_bytes
+    job = Job(decoder(preset(name)), seq, Layout(), batch, 1, precision, recompute, framework="plain")
+    made = rank_memory(job, H100)
+    assert made.peak_bytes - made.parts["workspaces"] == pytest.approx(traced, abs=16)  # scalars of the loss
 
 
 @pytest.mark.parametrize("how", ["fsdp", "tp", "pp", "ep"])

@@ -584,7 +584,8 @@ def _head(x: _Context) -> _Passes:
     plain = replace(x, dtype=x.wide)
     _linear(plain, p, n, D, V / x.tp)
     logits = n * V / x.tp
-    fused = x.habits.fused_loss or x.job.compiled
+    # torchtitan compiles each block by itself; its head and loss stay eager (parallelize_llama.py, apply_compile)
+    fused = x.habits.fused_loss or (x.job.compiled and x.habits.name != "torchtitan")
     p.forward.stream(
         logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9
     )
@@ -644,7 +645,7 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     block = _mean_block(x)
     saves = coefficient("host_checkpoint_seconds") if job.recompute == "full" else 0.0
     layer = {
-        "F": _with_host(block.forward, host, saves, _waits(job)),
+        "F": _with_host(block.forward, host, saves, _refilled(job)),
         "B": _with_host(block.backward, host),
         "R": _with_host(block.again, host, saves),
     }
@@ -721,10 +722,17 @@ def _distinct(table: Any) -> tuple[Any, Any]:
     """The table's distinct rows, and for each row which of them it is."""
     if len(table) == 1:
         return table, np.zeros(1, dtype=int)
-    code = np.zeros(len(table), dtype=np.int64)
-    for column in table.T:
-        values, place = np.unique(column, return_inverse=True)
-        code = code * len(values) + place.ravel()
+    whole = table.astype(np.int64)
+    size = whole.max(axis=0) + 1
+    if np.all(whole == table) and np.prod(size.astype(float)) < 2.0**62:  # one number says all: one sort
+        code = np.zeros(len(table), dtype=np.int64)
+        for column, n in zip(whole.T, size, strict=True):
+            code = code * n + column
+    else:
+        code = np.zeros(len(table), dtype=np.int64)
+        for column in table.T:
+            values, place = np.unique(column, return_inverse=True)
+            code = code * len(values) + place.ravel()
     _, chosen, where = np.unique(code, return_index=True, return_inverse=True)
     return table[chosen], where.ravel()
 
@@ -754,13 +762,12 @@ def _scale(parts: Mapping[str, Array], by: Array) -> dict[str, Array]:
     return {k: v * by for k, v in parts.items()}
 
 
-def _with_host(p: _Pass, host: float, fixed: float = 0.0, waits: bool = False) -> dict[str, Array]:
+def _with_host(p: _Pass, host: float, fixed: float = 0.0, refilled: float = 0.0) -> dict[str, Array]:
     """Seconds by part; what the host takes beyond the device is overhead.
 
-    A host that ``waits`` for the device in the middle of a pass has to fill the queue again.
+    A host that waits for the device in the middle of a pass has to fill the queue again: so many kernels ``refilled``.
     """
-    again = host * coefficient("host_restart_kernels") if waits else 0.0
-    return {**p.seconds, "overhead": np.maximum(host * p.kernels + fixed - p.total, 0.0) + again}
+    return {**p.seconds, "overhead": np.maximum(host * p.kernels + fixed - p.total, 0.0) + host * refilled}
 
 
 def _both(p: _Passes, host: float) -> dict[str, Array]:
@@ -778,11 +785,15 @@ def _graphed(job: Job) -> str:
     return "all" if graphs == "full_iteration" or not job.model.n_experts else "but experts"
 
 
-def _waits(job: Job) -> bool:
-    """Whether the host waits for the router: without a capacity it must read how many tokens an expert gets."""
-    return (
-        bool(job.model.n_experts) and "tokendrop" not in job.flags and job.flags.get("cuda_graph") != "full_iteration"
-    )
+def _refilled(job: Job) -> float:
+    """Kernels launched with nothing queued, after the host has read how many tokens an expert gets.
+
+    With a capacity it need not read; a graph of the whole step has no host in it.
+    """
+    graphs = _graphed(job)
+    if not job.model.n_experts or "tokendrop" in job.flags or graphs == "all":
+        return 0.0
+    return coefficient("host_restart_kernels_graphed" if graphs else "host_restart_kernels")
 
 
 def _host_seconds(job: Job, habits: Framework) -> float:

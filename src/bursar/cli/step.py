@@ -73,7 +73,7 @@ def step(
         an accelerator (h100-sxm), several as data-parallel ranks (8xh100-sxm), cpu for the CPU backend's ops, or local
         for this machine as bursar bench measured it
     layout:
-        how the ranks share the work: dp=N; others come with the planner
+        how the ranks share the work: dp=N (bursar plan prices the others)
     zero_grad:
         what becomes of gradients after the update: none (freed) or zeros (kept, filled with zeros)
     scratch:
@@ -143,6 +143,7 @@ def step(
             zero_grad=zero_grad,
             scratch=scratch,
         )
+        forecast: Forecast | None
         if on == "local":
             from bursar import bench
 
@@ -273,7 +274,7 @@ def _with_layout(on: str | None, layout: str | None) -> str | None:
     parts = dict(part.partition("=")[::2] for part in layout.split(","))
     unknown = [name for name in parts if name != "dp"]
     if unknown:
-        raise BadInput(f"layout {unknown[0]!r} is not counted yet; step knows dp=N")
+        raise BadInput(f"layout {unknown[0]!r} is not counted yet; step knows dp=N, bursar plan --layout the others")
     given = cluster(on)
     if not parts["dp"].isdecimal() or int(parts["dp"]) != given.count:
         raise BadInput(
