@@ -58,9 +58,9 @@ def narrowed(question: Question, cluster: Cluster) -> Question:
         "pp": _powers(16),
         "cp": _powers(min(16, max(1, question.seq_len // TOKENS_PER_PIECE))),
         "ep": (1, 8, 16, 32, 64),
-        "zero_stage": (0, 1, 3),
+        "zero_stage": (0, 1, 3) if cluster.count < 256 else (1, 3),  # 0 is for a single replica
         "fsdp": (1,),
-        "virtual_stages": (1, 2, 4, 5),
+        "virtual_stages": (1, 2, 3, 4, 5, 6),
         "micro_batch": _powers(max(8, 512 // cluster.count)),
     }
     return replace(
