@@ -84,9 +84,9 @@ def main() -> None:
             print(rows[-1], flush=True)
     text = f"""# The allocator's replay
 
-Written by `python benchmarks/allocator.py`, {datetime.date.today()}: {platform.machine()}, Python {platform.python_version()},
-numpy {np.__version__}, torch {torch.__version__}, bursar {bursar.__version__}. One core; CPU time, the best of three. The target is a million
-events a second.
+Written by `python benchmarks/allocator.py`, {datetime.date.today()}: {platform.machine()},
+Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, bursar {bursar.__version__}.
+One core; CPU time, the best of three. The target is a million events a second.
 
 | timeline | expandable segments | events | events per second | allocated, MiB | reserved, MiB | more |
 |---|---|---:|---:|---:|---:|---:|

@@ -29,7 +29,7 @@ SOURCE = Path(bursar.__file__).parent
 
 # Section, then titles with the page in the repository, or with what makes the page.
 NAV: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
-    ("", (("Start in five minutes", "docs/index.md"),)),
+    ("", (("Start in five minutes", "docs/index.md"), ("The same as a notebook", "docs/tutorial.ipynb"))),
     (
         "Chapters",
         (
@@ -51,6 +51,7 @@ NAV: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("Add an optimizer", "docs/howto/optimizer.md"),
             ("Gate a pull request", "docs/ci.md"),
             ("Meter a loop", "docs/howto/meter.md"),
+            ("Calibrate this machine", "docs/howto/bench.md"),
         ),
     ),
     (
@@ -121,6 +122,7 @@ def place(page: str) -> str:
     """Where a page or a file of the repository stands in the site's source."""
     if page.startswith("reference:"):
         return f"reference/{page.removeprefix('reference:')}.md"
+    page = page.replace(".ipynb", ".md")
     return page.removeprefix("docs/") if page.startswith("docs/") else page.replace("CHANGELOG.md", "changelog.md")
 
 
@@ -157,6 +159,23 @@ def dialect(text: str, page: str) -> tuple[str, set[str]]:
             line = LINK.sub(moved, line.replace("\\<", "&lt;"))
         lines.append(line)
     return "\n".join(lines), linked
+
+
+def notebook(text: str) -> str:
+    """An executed notebook as Markdown: cells, and under each what it printed or the page it made of itself."""
+    parts: list[str] = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "text/html" in data:
+                markup = " ".join("".join(data["text/html"]).split())  # an empty line would end the block
+                parts.append(f"<div>{markup}</div>")
+            else:
+                shown = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+                parts.append(f"```text\n{shown}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 # ---- the reference
@@ -317,10 +336,11 @@ def stage(folder: Path) -> None:
         if page.startswith("reference:"):
             name = page.removeprefix("reference:")
             target.write_text(commands() if name == "commands" else reference(name), encoding="utf-8")
-        elif not page.endswith(".md"):
+        elif not page.endswith((".md", ".ipynb")):
             shutil.copyfile(ROOT / page, target)
         else:
-            text, linked = dialect((ROOT / page).read_text(encoding="utf-8"), page)
+            text = (ROOT / page).read_text(encoding="utf-8")
+            text, linked = dialect(notebook(text) if page.endswith(".ipynb") else text, page)
             target.write_text(text, encoding="utf-8")
             more = {f for f in linked if (ROOT / f).is_file()} - pages  # what is missing is zensical's to report
             pages |= more
@@ -346,7 +366,7 @@ site_name = "bursar"
 site_description = "What a deep-learning training step and a whole run cost"
 docs_dir = "source"
 site_dir = "site"
-use_directory_urls = false  # opens from disk
+use_directory_urls = false  # opens from disk; the search wants a server
 nav = NAV
 
 [project.markdown_extensions.tables]
@@ -390,4 +410,5 @@ if __name__ == "__main__":
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(Path(made) / "site", target)
-    print(f"{len(list(target.rglob('*.html')))} pages in {os.path.relpath(target)}")
+    where = os.path.relpath(target)
+    print(f"{len(list(target.rglob('*.html')))} pages in {where}; with search: python -m http.server -d {where}")

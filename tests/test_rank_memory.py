@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bursar
 from bursar.architecture import preset
 from bursar.errors import BadInput, UnknownName
 from bursar.hardware import accelerator, cluster
@@ -127,6 +128,18 @@ def test_on_one_device_plain_torch_holds_what_the_closed_form_says(name, precisi
         rank_memory(small, H100).parts["activations"]
         == transformer.count(shape, small.micro_batch, 1024, precision=precision).saved_bytes
     )
+
+
+@pytest.mark.parametrize(("name", "batch", "seq", "precision", "recompute"), [
+    ("gpt2", 2, 1024, "bf16", "none"), ("gpt2", 2, 1024, "fp32", "full"), ("llama3-8b", 1, 8192, "bf16", "full"),
+])  # fmt: skip
+def test_on_one_device_plain_torch_peaks_where_its_trace_does(name, batch, seq, precision, recompute):
+    traced = bursar.step(
+        name, batch_size=batch, seq_len=seq, precision=precision, recompute=recompute, on="h100-sxm"
+    ).memory.peak_bytes
+    job = Job(decoder(preset(name)), seq, Layout(), batch, 1, precision, recompute, framework="plain")
+    made = rank_memory(job, H100)
+    assert made.peak_bytes - made.parts["workspaces"] == pytest.approx(traced, abs=16)  # scalars of the loss
 
 
 @pytest.mark.parametrize("how", ["fsdp", "tp", "pp", "ep"])
@@ -264,6 +277,16 @@ def test_a_lever_frees_memory(lever):
     assert rank_memory(replace(job, **after), H100).peak_bytes < rank_memory(job, H100).peak_bytes
 
 
+def test_parameters_that_stay_after_forward_are_all_there_at_once():
+    model = decoder(preset("llama3-8b"))
+    job = Job(model, 1024, Layout(8, zero_stage=3, reshard_after_forward=0), 1, 1, framework="torchtitan")
+    kept = rank_memory(job, H100).parts["collective_buffers"]
+    table = 128_256 * 4096  # whose gradients, in fp32, are the most that is scattered at once
+    assert kept in (2 * 8_030_261_248, 2 * 8_030_261_248 + 4 * table)
+    again = replace(job, layout=Layout(8, zero_stage=3))
+    assert rank_memory(again, H100).parts["collective_buffers"] < kept / 3
+
+
 def test_each_pipeline_stage_holds_as_many_micro_batches_as_come_after_it():
     model = gpt("deep", 16, 512, 8)
     job = Job(model, 512, Layout(pp=4), 1, 8)
@@ -280,6 +303,21 @@ def test_a_vocabulary_is_padded_to_a_multiple_for_each_tensor_rank():
     job = Job(decoder(preset("gpt2")), 1024, Layout(tp=4), 1, 1)
     assert padded_vocabulary(job) == 99 * 128 * 4 == 50_688
     assert padded_vocabulary(replace(job, framework="nanotron")) == 50_260
+
+
+def test_what_is_taken_for_granted_is_said():
+    assert rank_memory(Job(decoder(preset("gpt2")), 1024, Layout(), 1, 1), H100).assumptions == ()
+    told = rank_memory(Job(decoder(preset("mixtral-8x7b")), 1024, Layout(8, ep=8), 1, 1), H100).assumptions
+    assert told == ("each expert gets as many tokens as the others",)
+
+
+def test_arrays_of_32_bits_hold_what_64_hold():
+    layout, micro, batches = many()
+    fields = ("dp", "tp", "pp", "cp", "ep", "zero_stage", "sequence_parallel", "virtual_stages")
+    small = replace(layout, **{f: getattr(layout, f).astype(np.int32) for f in fields})
+    job = Job(decoder(preset("llama3-8b")), 2**17, layout, micro, batches, attention="naive")  # scores of 2**34
+    narrow = replace(job, layout=small, micro_batch=micro.astype(np.int32), micro_batches=batches.astype(np.int32))
+    assert np.array_equal(rank_memory(narrow, H100).device_bytes, rank_memory(job, H100).device_bytes)
 
 
 def test_what_is_unknown_is_told():

@@ -15,6 +15,7 @@ from test_readme import READMES, blocks
 pytest.importorskip("zensical", reason="the docs site is built with the extra docs")
 
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_the_chapters_stand_in_the_lectures_order():
 
 
 def test_every_page_of_docs_stands_in_the_navigation():
-    assert {p.relative_to(ROOT).as_posix() for p in DOCS} <= {page for _, _, page in entries()}
+    assert {p.relative_to(ROOT).as_posix() for p in (*DOCS, *NOTEBOOKS)} <= {page for _, _, page in entries()}
 
 
 def test_every_entry_is_a_page_with_its_title(site: Path):
@@ -69,12 +70,23 @@ def test_a_page_that_comes_later_has_no_entry_until_it_is_there(monkeypatch: pyt
 # ---- links
 
 
+def fetched(markup: str) -> list[str]:
+    """What a page loads from another host: scripts, pictures, styles, fonts; not what it links to."""
+    return re.findall(
+        r"<(?:script|img|iframe|link(?=[^>]*rel=\"?(?:stylesheet|preconnect|preload)))\b[^>]*?(?:src|href)=\"?(https?:[^\s\">]+)",
+        markup,
+    )
+
+
 def test_nothing_is_fetched_from_elsewhere(site: Path):
     for page in (site / "site").rglob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        fetched = re.findall(r"<(?:script|img|link rel=\"(?:stylesheet|preconnect)\")[^>]*?(?:src|href)=\"?(https?://[^\s\">]+)",
-                             text)  # fmt: skip
-        assert fetched == [], page.name
+        assert fetched(page.read_text(encoding="utf-8")) == [], page.name
+
+
+def test_a_script_or_a_font_from_elsewhere_would_be_noticed():
+    assert fetched('<script async src="https://a.b/c.js">') == ["https://a.b/c.js"]
+    assert fetched('<link rel="stylesheet" href="https://a.b/font.css">') == ["https://a.b/font.css"]
+    assert fetched('<a href="https://a.b/">') == []
 
 
 @pytest.mark.parametrize("link", ["[gone](gone.md)", "[gone](words.md#no-such-heading)"], ids=["page", "anchor"])

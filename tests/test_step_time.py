@@ -21,6 +21,7 @@ from bursar.efficiency import (
     matmul_seconds,
     product_dtype,
     rates,
+    slowest_of,
     stream_seconds,
     sustained,
 )
@@ -220,7 +221,7 @@ def test_sharded_parameters_are_gathered_for_every_micro_batch():
 
 
 def test_gathering_parameter_by_parameter_costs_a_ring_s_steps_each_time():
-    """Small messages on many ranks: sixteen calls a layer wait sixteen times as long as one; one rank waits for none."""
+    """Small messages on many ranks: sixteen calls a layer wait sixteen times as long; one rank waits for none."""
     big, alone = (
         [
             step_time(Job(GPT, 2048, Layout(dp=n, zero_stage=3), 1, 1, "fp16", framework=f), Cluster(A100, n)).parts[
@@ -232,6 +233,16 @@ def test_gathering_parameter_by_parameter_costs_a_ring_s_steps_each_time():
     )
     assert big[0] > 4 * big[1]
     assert alone == [0, 0]
+
+
+def test_dualpipe_hides_the_experts_exchange():
+    layout = Layout(8, 1, 2, ep=8, virtual_stages=2, schedule="interleaved")
+    job = Job(MIXTURE, 4096, layout, 1, 8)
+    shown, hidden = (
+        step_time(replace(job, layout=replace(layout, schedule=s)), Cluster(H100, 16)).parts["ep"]
+        for s in ("interleaved", "dualpipev")
+    )
+    assert hidden == pytest.approx(0.2 * shown)
 
 
 def test_a_small_model_in_eager_mode_waits_for_the_host_and_a_graph_does_not():
@@ -345,6 +356,17 @@ def test_less_power_for_the_same_units_is_a_lower_clock():
     # cube root of the dynamic power's ratio, a fifth of the limit being static
     assert sustained(capped) / sustained(H100) == pytest.approx(((500 / 700 - 0.2) / 0.8) ** (1 / 3), rel=1e-2)
     assert generation(capped) == "hopper"
+
+
+def test_a_large_cluster_waits_for_its_slowest_chip():
+    """√(2 ln n) standard deviations of 2 %: eight devices are where rates were read, one is a little better off."""
+    assert slowest_of(8) == 1
+    assert slowest_of(1) == pytest.approx(1 / (1 + 0.02 * 2.0393), rel=1e-4)
+    assert slowest_of(1024) == pytest.approx((1 + 0.02 * 3.7233) / (1 + 0.02 * 2.0393), rel=1e-4)
+    job = Job(GPT, 2048, Layout(dp=8), 1, 1)
+    few, many = (step_time(replace(job, layout=Layout(dp=n)), Cluster(A100, n)) for n in (8, 512))
+    assert many.parts["compute"] / few.parts["compute"] == pytest.approx(slowest_of(512))
+    assert many.parts["memory_bound"] == pytest.approx(few.parts["memory_bound"])
 
 
 # ---- schedules

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bursar import memory
-from bursar.errors import BadInput
+from bursar.errors import BadInput, printable
 from bursar.memory import Memory, Storage, Textbook
 from bursar.rules import KINDS, MODEL_KINDS, Work, three_lines
 from bursar.units import format_bytes, format_flops
@@ -156,7 +156,7 @@ class Ledger:
 
     def __repr__(self) -> str:  # the rows themselves are megabytes
         peak, flops = format_bytes(self.memory.peak_bytes), format_flops(self.flops.model)
-        return f"<Ledger {self.model.name or 'of a step'}: {len(self)} ops, {flops}, peak {peak}>"
+        return f"<Ledger {printable(self.model.name, keep='') or 'of a step'}: {len(self)} ops, {flops}, peak {peak}>"
 
     @property
     def recorded(self) -> list[Row]:

@@ -96,7 +96,9 @@ def price(
     Raises BadInput for a ledger that does not say how its ops were called.
     """
     if not ledger.calls or len(ledger.calls) != len(ledger):
-        raise BadInput("this ledger does not say how each op was called; trace with on='local', or on='cpu', fold=False")
+        raise BadInput(
+            "this ledger does not say how each op was called; trace with on='local', or on='cpu', fold=False"
+        )
     curves = Curves(calibration)
     known = remembered or {}
     seconds: list[float] = []
@@ -140,6 +142,7 @@ def price(
         bound_by={**bound, "overhead": total - sum(bound.values())},
         assumptions=tuple(notes),
         basis="calibrated",
+        row_seconds=tuple(seconds),
     )
     return Priced(tuple(seconds), made, measured / total if total else 0.0, calibration.clock)
 

@@ -196,9 +196,7 @@ def _block(module: str, phase: str) -> str:
     return "optimizer step" if phase == "optimizer" else module or "(the model itself)"
 
 
-def _parts(
-    ledger: Ledger, measured: Measured, names: Sequence[str], expected: Expected | None
-) -> tuple[Part, ...]:
+def _parts(ledger: Ledger, measured: Measured, names: Sequence[str], expected: Expected | None) -> tuple[Part, ...]:
     rows = measured.rows or (None,) * len(ledger)
     spans = measured.spans or rows
     bytes_kept = measured.allocated or (None,) * len(ledger)

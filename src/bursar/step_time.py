@@ -26,6 +26,7 @@ from bursar.efficiency import (
     matmul_seconds,
     product_dtype,
     rates,
+    slowest_of,
     stream_seconds,
 )  # fmt: skip
 from bursar.frameworks import Framework, framework
@@ -303,7 +304,8 @@ def _linear(x: _Context, p: _Passes, M: Array, K: Array, N: Array, groups: Array
     p.backward.product(x.dtype, M, K, N, groups, out, launches)
     p.backward.product(x.dtype, K, N, M, groups, x.accumulate, launches)
     if x.dtype in ("fp8", "fp4"):
-        cast = coefficient("cast_bytes_blocks" if x.job.precision in ("mxfp8", "nvfp4") else "cast_bytes")
+        by_recipe = {"mxfp8": "cast_bytes_blocks", "nvfp4": "cast_bytes_fp4"}
+        cast = coefficient(by_recipe.get(x.job.precision, "cast_bytes"))
         p.forward.stream(cast * groups * M * K, launches)
         p.backward.stream(cast * groups * M * N, launches)
     if bias:
@@ -381,18 +383,21 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
         plain = e == 4 or (max(dqk % 8, dv % 8) and "fp32" in x.rates.ceilings)
         dtype = product_dtype(x.rates.device, "fp32" if plain else "bf16")
         dropout = x.habits.dropout
-        for passes in (p.forward,):
-            passes.product(dtype, rows, S, dqk, groups, e)
-            passes.stream(2 * e * scores)  # mask and softmax in one
-            if dropout:
-                passes.stream((2 * e + 1) * scores)
-            passes.product(dtype, rows, dv, S, groups, e)
-            passes.stream(2 * x.n * model.value_width / tp * e)  # tokens together again
+        p.forward.product(dtype, rows, S, dqk, groups, e)
+        p.forward.stream(2 * e * scores)  # mask and softmax in one
+        if not x.fused:  # scale and mask by themselves
+            p.forward.stream(4 * e * scores, 2)
+        if dropout:
+            p.forward.stream((2 * e + 1) * scores)
+        p.forward.product(dtype, rows, dv, S, groups, e)
+        p.forward.stream(2 * x.n * model.value_width / tp * e)  # tokens together again
         p.backward.product(dtype, S, dv, rows, groups, e)
         p.backward.product(dtype, rows, S, dv, groups, e)
         if dropout:
             p.backward.stream((2 * e + 1) * scores)
         p.backward.stream(3 * e * scores)
+        if not x.fused:
+            p.backward.stream(4 * e * scores, 2)
         p.backward.product(dtype, rows, dqk, S, groups, e)
         p.backward.product(dtype, S, dqk, rows, groups, e)
         p.backward.stream(4 * x.n * model.query_width / tp * e, 3)
@@ -477,7 +482,9 @@ def _mixture(x: _Context, p: _Passes) -> None:
         p.forward.stream(coefficient("sort_bytes") * own * E, 6)
     # padding every expert to a capacity goes with the plain exchange, which sends every copy
     move = dispatch_seconds(x.links, own * D * e, x.ep, k, not dropping)
-    shown = 1.0 - coefficient("ep_overlap_hidden") if "ep_overlap" in x.job.flags else 1.0
+    # DualPipe runs one micro-batch's exchange beside another's products: that is what it is for
+    hides = "ep_overlap" in x.job.flags or x.job.layout.schedule == "dualpipev"
+    shown = 1.0 - coefficient("ep_overlap_hidden") if hides else 1.0
     p.forward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     p.backward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     inner = 2 if model.gated_mlp else 1
@@ -577,7 +584,8 @@ def _head(x: _Context) -> _Passes:
     plain = replace(x, dtype=x.wide)
     _linear(plain, p, n, D, V / x.tp)
     logits = n * V / x.tp
-    fused = x.habits.fused_loss or x.job.compiled
+    # torchtitan compiles each block by itself; its head and loss stay eager (parallelize_llama.py, apply_compile)
+    fused = x.habits.fused_loss or (x.job.compiled and x.habits.name != "torchtitan")
     p.forward.stream(
         logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9
     )
@@ -637,7 +645,7 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     block = _mean_block(x)
     saves = coefficient("host_checkpoint_seconds") if job.recompute == "full" else 0.0
     layer = {
-        "F": _with_host(block.forward, host, saves, _waits(job)),
+        "F": _with_host(block.forward, host, saves, _refilled(job)),
         "B": _with_host(block.backward, host),
         "R": _with_host(block.again, host, saves),
     }
@@ -653,7 +661,11 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     pp, M, chunks = c["pp"], c["micro_batches"], c["virtual_stages"]
     extra = model.mtp_layers
     n_layers = model.n_layers + model.n_encoder_layers
-    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks, extra)
+    head = _sum(last, _scale(_sum(F, B, R, last), extra)) if extra else last
+    one = _total(_sum(F, B, R))
+    counted = habits.name == "megatron-deepspeed"
+    before, after = (1.0, 1.0) if counted else (_total(first) / one, _total(head) / one)
+    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks, before, after)
     held = _held(job, c, most)
 
     sharded = _sharded_parameters(job, habits, c, links, speed, held, _total(F), _total(B) + _total(R))
@@ -661,8 +673,7 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     if sharded is not None:
         per_layer = _sum(per_layer, sharded["layer"])
         first = _sum(first, sharded["ends"])
-    one = _total(per_layer)
-    head = _sum(last, _scale(_sum(per_layer, last), extra)) if extra else last
+        one = _total(per_layer)
     stages = [most * one, n_first * one + _total(first), n_last * one + _total(head)]
     single = pp == 1
     whole = n_layers * one + _total(first) + _total(head)
@@ -679,27 +690,28 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     send = np.where(pp > 1, 2 * chunks * send_seconds(links, sent, c["tp"] * c["cp"] * c["dp"]), 0.0)
     send = send * np.where(chunks > 1, 1 - habits.overlap_parameters * coefficient("interleaved_send_hidden"), 1.0)
     bubble = np.where(single, 0.0, bubble_seconds(lay.schedule, pp, chunks, slowest, whole + pp * send))
-    parts = {k: M * v for k, v in busy.items()}
+    slower = slowest_of(pp * c["tp"] * c["cp"] * c["dp"])
+    parts = {k: M * v * (slower if k in ("compute", "attention") else 1.0) for k, v in busy.items()}
     parts["pp_send"] = M * send
     parts["bubble"] = np.maximum(bubble - send, 0.0)
     done = _data_parallel(job, habits, c, links, speed, held, (_total(B) + _total(R)) * most)
     parts = _sum(parts, done)
     parts = _sum(parts, _update(job, habits, c, speed, held))
     seconds = _total(parts)
-    counted = flops(job)
+    work = flops(job)
     samples = np.broadcast_to(np.asarray(job.samples, dtype=float), shape)
 
     def out(value: Array) -> Array:
         return _shaped(value, shape)
 
-    model_flops = samples * counted.model
+    model_flops = samples * work.model
     notes = ("the network's speed is assumed: one 400 Gb/s adapter per accelerator",) if links.assumed else ()
     peak = cluster.accelerator.peak(product_dtype(cluster.accelerator, job.precision))
     total = out(seconds)
     return StepTime(
         total,
         {k: out(parts.get(k, 0.0) * np.ones(seconds.shape)) for k in PARTS},
-        _plain(model_flops), _plain(samples * counted.hardware), _plain(samples * counted.full_square),
+        _plain(model_flops), _plain(samples * work.hardware), _plain(samples * work.full_square),
         _plain(model_flops / (np.asarray(total) * peak * np.asarray(lay.ranks))),
         {k: out(v) for k, v in _traffic(job, habits, c, held).items()},
         notes,
@@ -710,10 +722,17 @@ def _distinct(table: Any) -> tuple[Any, Any]:
     """The table's distinct rows, and for each row which of them it is."""
     if len(table) == 1:
         return table, np.zeros(1, dtype=int)
-    code = np.zeros(len(table), dtype=np.int64)
-    for column in table.T:
-        values, place = np.unique(column, return_inverse=True)
-        code = code * len(values) + place.ravel()
+    whole = table.astype(np.int64)
+    size = whole.max(axis=0) + 1
+    if np.all(whole == table) and np.prod(size.astype(float)) < 2.0**62:  # one number says all: one sort
+        code = np.zeros(len(table), dtype=np.int64)
+        for column, n in zip(whole.T, size, strict=True):
+            code = code * n + column
+    else:
+        code = np.zeros(len(table), dtype=np.int64)
+        for column in table.T:
+            values, place = np.unique(column, return_inverse=True)
+            code = code * len(values) + place.ravel()
     _, chosen, where = np.unique(code, return_index=True, return_inverse=True)
     return table[chosen], where.ravel()
 
@@ -743,10 +762,12 @@ def _scale(parts: Mapping[str, Array], by: Array) -> dict[str, Array]:
     return {k: v * by for k, v in parts.items()}
 
 
-def _with_host(p: _Pass, host: float, fixed: float = 0.0, waits: bool = False) -> dict[str, Array]:
-    """Seconds by part; what the host takes beyond the device is overhead, all of it where the host ``waits``."""
-    needs = host * p.kernels + fixed
-    return {**p.seconds, "overhead": needs if waits else np.maximum(needs - p.total, 0.0)}
+def _with_host(p: _Pass, host: float, fixed: float = 0.0, refilled: float = 0.0) -> dict[str, Array]:
+    """Seconds by part; what the host takes beyond the device is overhead.
+
+    A host that waits for the device in the middle of a pass has to fill the queue again: so many kernels ``refilled``.
+    """
+    return {**p.seconds, "overhead": np.maximum(host * p.kernels + fixed - p.total, 0.0) + host * refilled}
 
 
 def _both(p: _Passes, host: float) -> dict[str, Array]:
@@ -764,11 +785,15 @@ def _graphed(job: Job) -> str:
     return "all" if graphs == "full_iteration" or not job.model.n_experts else "but experts"
 
 
-def _waits(job: Job) -> bool:
-    """Whether the host waits for the router: without a capacity it must read how many tokens an expert gets."""
-    return (
-        bool(job.model.n_experts) and "tokendrop" not in job.flags and job.flags.get("cuda_graph") != "full_iteration"
-    )
+def _refilled(job: Job) -> float:
+    """Kernels launched with nothing queued, after the host has read how many tokens an expert gets.
+
+    With a capacity it need not read; a graph of the whole step has no host in it.
+    """
+    graphs = _graphed(job)
+    if not job.model.n_experts or "tokendrop" in job.flags or graphs == "all":
+        return 0.0
+    return coefficient("host_restart_kernels_graphed" if graphs else "host_restart_kernels")
 
 
 def _host_seconds(job: Job, habits: Framework) -> float:
@@ -924,13 +949,11 @@ def _data_parallel(
     if habits.overlap_parameters:
         hidden = np.minimum(gather, backward / 2)
         gather = gather - hidden + slow * hidden
-    tied = np.where(
-        (c["pp"] > 1) & job.model.tied_embeddings,
-        collective_seconds(
-            links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain
-        ),
-        0.0,
-    )
+    # the first stage and the last hold a tied table each, and add their gradients
+    apart = stride * group * np.maximum(c["pp"] - 1, 1)
+    table = job.model.vocab_size * job.model.d_model / c["tp"] * g
+    shared = (c["pp"] > 1) & job.model.tied_embeddings
+    tied = np.where(shared, collective_seconds(links, "all_reduce", table, 2, apart), 0.0)
     return {"dp": np.where(stage >= 3, 0.0, reduce + gather + tied)}
 
 

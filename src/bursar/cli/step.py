@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from bursar.cli import common
-from bursar.errors import BadInput
+from bursar.errors import BadInput, StepFailed
 
 if TYPE_CHECKING:
     from bursar.ledger import Ledger
@@ -107,17 +109,18 @@ def step(
                    gradients=gradients, measure=measure)  # fmt: skip
     on = _with_layout(on, layout)
     if measure:
-        _measured(
-            model,
-            {"batch_size": batch_size, "seq_len": seq_len},
-            {"precision": precision, "optimizer": optimizer, "recompute": recompute, "accumulate": accumulate,
-             "zero_grad": zero_grad},
-            on,
-            json,
-            files,
-            asked,
-            benchmark,
-        )  # fmt: skip
+        with _unfinished(json):
+            _measured(
+                model,
+                {"batch_size": batch_size, "seq_len": seq_len},
+                {"precision": precision, "optimizer": optimizer, "recompute": recompute, "accumulate": accumulate,
+                 "zero_grad": zero_grad},
+                on,
+                json,
+                files,
+                asked,
+                benchmark,
+            )  # fmt: skip
         return
     if on == "local":
         _calibrated()
@@ -198,7 +201,7 @@ def _measured(
     with common.progress(f"measuring {model}"):
         import torch
 
-        from bursar.meter.measured import measure
+        from bursar.meter.guard import measure
         from bursar.reconcile import reconcile
         from bursar.workload.resolve import resolve
         from bursar.workload.step import step as trace
@@ -235,6 +238,21 @@ def _calibrated() -> None:
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     store.load(machine.current(torch.get_num_threads(), name))
+
+
+@contextlib.contextmanager
+def _unfinished(json: bool) -> Iterator[None]:
+    """Print what was measured of a step that came to no end, before its error ends the command."""
+    try:
+        yield
+    except StepFailed as failed:
+        from bursar.report import unfinished as page
+
+        if json:
+            common.print_json(page.record(failed.ledger, failed.unfinished))
+        else:
+            common.print_page(*page.render(failed.ledger, failed.unfinished))
+        raise
 
 
 def _with_layout(on: str | None, layout: str | None) -> str | None:

@@ -149,6 +149,10 @@ def _eight_bit(case: Case, _: Cluster, __: Settings) -> Case | str:
     return replace(case, job=replace(case.job, optimizer="adamw-8bit"))
 
 
+def _fused_update(case: Case, _: Cluster, __: Settings) -> Case | str:
+    return case.flagged(fused_update=1)
+
+
 def _fused_loss(case: Case, _: Cluster, __: Settings) -> Case | str:
     return case.flagged(logit_bytes=4)  # the logits and their gradient, 16 bit each
 
@@ -220,6 +224,8 @@ LEVERS: Final = (
           "2 + 2 + 4 bytes per parameter in place of 4 + 4 + 8"),
     Lever("8bit-states", "Adam's two moments in 8 bits", "moments", _eight_bit,
           "Dettmers et al. 2021 (arXiv:2110.02861)"),
+    Lever("fused-optimizer", "an update in one kernel, without temporaries", "moments", _fused_update,
+          "torch.optim.AdamW(fused=True); its default works on lists of tensors and makes one more of them"),
     Lever("fused-loss", "cross-entropy without fp32 copies of the logits", "loss", _fused_loss,
           "Hsu et al. 2024 (arXiv:2410.10989): the gradient in the logits' place"),
     Lever("chunked-loss", "logits by pieces, never all of them", "loss", _chunked_loss,

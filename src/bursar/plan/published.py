@@ -32,6 +32,7 @@ _VOCABULARIES = {  # where Megatron's CI does not print one; tests/functional_te
     "release": 256000,  # nemotron_2_256k
     "mixtral_8x22b": 32000,  # Llama2Tokenizer
     "mixtral_8x7b_tp1": 32000,
+    "nemotron3": 131072,
 }
 _LAYERS = 24
 _GPU = "a100-80g-sxm"  # where a source prints none: what most rows ran on
@@ -266,7 +267,7 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
 
 
 def _habits(cell: _Cells) -> Framework:
-    """The framework's row; for one that has none, the habits of its kind: sharded like FSDP, or like Megatron."""
+    """The framework's row; for one that has none, the habits of its kind: sharded like FSDP, split like Megatron."""
     name = cell.text("framework")
     sharded = cell.text("zero_stage") == "3" or cell.count("fsdp", 1) > 1
     if sharded and "deepspeed" in name.lower():
@@ -274,7 +275,9 @@ def _habits(cell: _Cells) -> Framework:
     try:
         return framework(name)
     except UnknownName:
-        like = framework("fsdp" if sharded else "megatron")
+        split = cell.count("tp", 1) * cell.count("pp", 1) > 1 or bool(cell.text("n_experts"))
+        many = cell.count("n_gpus", 0) != 1
+        like = framework("fsdp" if sharded else "megatron" if split or (not name and many) else "plain")
         cell.assumed.append(f"what {name or 'an unnamed framework'} does by default is taken from {like.title}")
         return like
 
@@ -365,7 +368,11 @@ def _trains_another_token(cell: _Cells, flags: Mapping[str, str]) -> bool:
 def _layers(cell: _Cells, flags: Mapping[str, str]) -> int:
     """Layers of the decoder, or of a model that has nothing else."""
     if cell.text("n_layers"):
-        return cell.must("n_layers")
+        n_layers = cell.must("n_layers")
+        if "mamba_hybrid" in flags and n_layers > 1:
+            cell.assumed.append("two layers of a hybrid, a mixer and a feed-forward, count as one block")
+            n_layers //= 2
+        return n_layers
     if "decoder_layers" in flags:
         return _number_in(flags, "decoder_layers", _LAYERS)
     return cell.count("n_layers", _LAYERS, "the source prints none; GPT-2 medium's")

@@ -195,6 +195,12 @@ class Plan:
             f"{best.cluster.name}, {format_bytes(best.device_bytes)} per device"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from bursar.report.plan import notebook
+
+        return notebook(self)
+
     def record(self) -> dict[str, Any]:
         """The fields of ``plan --json``."""
         return {

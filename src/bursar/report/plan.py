@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from bursar.plan.search import Choice, Plan, why
+from bursar.report.html.notebook import show
 from bursar.report.text import line, note, table
 from bursar.step_time import parameters
 from bursar.units import format_bytes, format_count, format_seconds, format_share, format_usd
@@ -52,6 +53,16 @@ def render(plan: Plan, *, explain: bool = False) -> Iterator[Any]:
     yield line("Assumptions", style="bold")
     for text in plan.assumptions:
         yield note(text)
+
+
+def notebook(plan: Plan) -> str:
+    """The ranked layouts as a notebook shows them; what became of the rest where there is none."""
+    name = plan.question.model.name
+    if not plan.layouts:
+        return show(f"{name}: {plan.verdict}. {plan.nearest}", ("rejected", "combinations"),
+                    [(why, f"{n:,}") for why, n in plan.rejected.items()])  # fmt: skip
+    several = len({choice.cluster.name for choice in plan.layouts}) > 1
+    return show(f"{name}: {_title(plan)}", *_columns(plan, several))
 
 
 def _title(plan: Plan) -> str:

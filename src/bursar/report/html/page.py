@@ -13,7 +13,7 @@ from bursar.reconcile import Measured, Part, Reconciliation
 from bursar.report import figures
 from bursar.report.gradients import layers
 from bursar.report.html import plots
-from bursar.report.html.markup import Markup, document, join, tag
+from bursar.report.html.markup import Markup, clipped, document, join, tag
 from bursar.report.html.parts import (
     CELLS,
     Cell,
@@ -222,7 +222,7 @@ def _memory(s: Subject) -> Section:
 
 def _where_row(ledger: Ledger, row: int) -> str:
     at = ledger.recorded[row]
-    return f"{at.phase}, {at.op}" + (f" in {at.module}" if at.module else "")
+    return f"{at.phase}, {at.op}" + (f" in {clipped(at.module)}" if at.module else "")
 
 
 def _peak_words(ledger: Ledger) -> str:
@@ -230,7 +230,7 @@ def _peak_words(ledger: Ledger) -> str:
     if not ledger.rows:
         return f"The peak is {memory.peak_bytes:,} bytes."
     row = ledger.rows[memory.peak_row]
-    where = f" in {row.module}" if row.module else ""
+    where = f" in {clipped(row.module)}" if row.module else ""
     largest = max(CLASSES, key=lambda c: memory.at_peak[c])
     share = format_share(memory.at_peak[largest] / max(1, memory.peak_bytes))
     return (
@@ -272,7 +272,7 @@ def _held(ledger: Ledger) -> Markup:
     shown, rest = found[:10], found[10:]
     rows: list[Row] = [
         [
-            h.module or "(outside modules)",
+            clipped(h.module) or "(outside modules)",
             Cell(join((swatch(f"c-{h.memory_class}"), h.memory_class.replace("_", " "))), h.memory_class),
             _amount(h.n_bytes),
             _share(h.n_bytes / whole),
@@ -341,7 +341,8 @@ def _where(s: Subject) -> Section | None:
 def _time(ops: Sequence[figures.Ops], forecast: Forecast) -> Section:
     device = forecast.cluster.accelerator
     silent = [o for o in ops if not o.flops]
-    whole = sum(o.roofline_seconds for o in ops) or 1.0
+    whole = sum(o.seconds for o in ops) or 1.0
+    priced = any(o.forecast_seconds is not None for o in ops)
     parts = [
         (f"b-{k}", v, f"{k} {format_seconds(v)}, {format_share(v / forecast.seconds)}")
         for k, v in forecast.bound_by.items()
@@ -375,13 +376,19 @@ def _time(ops: Sequence[figures.Ops], forecast: Forecast) -> Section:
         rows.append([c.op.replace("_", "-"), Cell(format_bytes(c.bytes)), sent])
     left_out = (
         f" {_times(sum(o.calls for o in silent), 'call')} without FLOPs (copies, lookups, fills) have no place here: "
-        f"{format_share(sum(o.roofline_seconds for o in silent) / whole)} of the roofline time."
+        f"{format_share(sum(o.seconds for o in silent) / whole)} of the time."
         if silent
         else ""
     )
     caption = (
-        "Each mark is a group of calls alike, where the device's bounds let it stand: on the slope memory binds, on "
-        "the flat roof the arithmetic units do. Area is time." + left_out
+        "Each mark is a group of calls alike, "
+        + (
+            "where the forecast of its ops puts it below the roof"
+            if priced
+            else "where the device's bounds let it stand"
+        )
+        + ": under the slope memory binds, under the flat roof the arithmetic units do. Area is time."
+        + left_out
     )
     return section(
         "time",
@@ -411,8 +418,12 @@ def _time(ops: Sequence[figures.Ops], forecast: Forecast) -> Section:
     )
 
 
+def _clock(ops: Iterable[figures.Ops]) -> str:
+    return "forecast time" if any(o.forecast_seconds is not None for o in ops) else "roofline time"
+
+
 def _ops(ops: Sequence[figures.Ops]) -> Markup:
-    whole = sum(o.roofline_seconds for o in ops) or 1.0
+    whole = sum(o.seconds for o in ops) or 1.0
     rows: list[Row] = [
         [
             Cell(o.op.removeprefix("aten."), o.op),
@@ -424,16 +435,16 @@ def _ops(ops: Sequence[figures.Ops]) -> Markup:
                 f"{o.intensity:.3g}" if o.flops and o.moved_bytes else "",
                 o.intensity if o.flops and o.moved_bytes else None,
             ),
-            Cell(o.bound if o.roofline_seconds else ""),
-            _seconds(o.roofline_seconds),
-            _share(o.roofline_seconds / whole),
+            Cell(o.bound if o.seconds else ""),
+            _seconds(o.seconds),
+            _share(o.seconds / whole),
         ]
         for o in ops[:OPS]
     ]
     rest = ops[OPS:]
     foot: Row | None = None
     if rest:
-        time = sum(o.roofline_seconds for o in rest)
+        time = sum(o.seconds for o in rest)
         foot = [
             f"{len(rest)} shorter",
             "",
@@ -453,7 +464,7 @@ def _ops(ops: Sequence[figures.Ops]) -> Markup:
         Column("calls", minor=True),
         Column("FLOP/B", minor=True),
         Column("bound by", number=False, minor=True),
-        Column("roofline time"),
+        Column(_clock(ops)),
         Column("share"),
     )
     return table(
@@ -475,9 +486,10 @@ def _measurement(s: Subject) -> Section | None:
         return None
     rows: list[Row] = []
     for line in found.lines:
-        *shown, _ = line_cells(line)
-        good = tag("span", "✓ balances" if line.balances else "✗ does not", class_="yes" if line.balances else "no")
-        rows.append([*shown, Cell(good)])
+        *shown, verdict = line_cells(line)
+        mark, how = ("✗", "no") if not line.balances else ("✓", "yes") if line.judged else ("", "soft")
+        words = f"{mark} {verdict or 'balances'}".strip()
+        rows.append([*shown, Cell(tag("span", words, class_=how))])
     columns = (
         Column("figure", number=False),
         Column("forecast"),
@@ -499,7 +511,8 @@ def _measurement(s: Subject) -> Section | None:
         table("books", f"Both books of one step, run on {measured.name}", columns, rows, sort=False),
         tag("p", words),
         tag("p", measured.busy, class_="no") if measured.busy else None,
-        _list(causes) if causes else None,
+        _list([*causes, *measured.notes]) if causes or measured.notes else None,
+        *_beside(found),
         tag("h3", "Where the measured time went"),
         _parts("measured-kinds", "kind", "By kind, one profiled step", found.by_kind),
         _parts("measured-modules", "module", "By module", found.by_module, search="Search measured modules"),
@@ -509,11 +522,39 @@ def _measurement(s: Subject) -> Section | None:
     )
 
 
+def _beside(found: Reconciliation) -> Iterator[Markup]:
+    """Forecast and measured seconds of each part, the largest differences first, where there was a forecast."""
+    columns = (
+        Column("part", number=False),
+        Column("forecast"),
+        Column("measured"),
+        Column("difference"),
+        Column("allocates", minor=True),
+        Column("measured", minor=True),
+    )
+    for what, parts in (("kind", found.by_kind), ("phase", found.by_phase), ("module", found.by_module)):
+        if not any(p.forecast_seconds is not None for p in parts):
+            continue
+        rows: list[Row] = [
+            [
+                clipped(p.name),
+                _seconds(p.forecast_seconds or 0.0),
+                _seconds(p.span_seconds),
+                Cell(("+" if p.difference >= 0 else "−") + format_seconds(abs(p.difference)), p.difference),
+                _amount(p.allocated_bytes),
+                _amount(p.measured_bytes) if p.measured_bytes is not None else Cell(""),
+            ]
+            for p in parts[:CELLS]
+        ]
+        caption = f"Seconds by {what}, the largest differences first; measured with the calls around the ops"
+        yield table(f"beside-{what}", caption, columns, rows)
+
+
 def _parts(id_: str, what: str, caption: str, parts: Sequence[Part], search: str = "") -> Markup:
     whole = sum(p.seconds for p in parts) or 1.0
     rows: list[Row] = [
         [
-            p.name,
+            clipped(p.name),
             _seconds(p.seconds),
             _share(p.seconds / whole),
             Cell(format_flops(p.flops) if p.flops else "", p.flops),
@@ -562,7 +603,7 @@ def _modules(s: Subject) -> Section:
         return [*cells, _seconds(values[3])] if timed else cells
 
     shown, rest = found[:CELLS], found[CELLS:]
-    rows = [row(label(m.module, m.copies), m.module, m.copies, _together([m])) for m in shown]
+    rows = [row(clipped(label(m.module, m.copies)), clipped(m.module), m.copies, _together([m])) for m in shown]
     if rest:
         rows.append(row(f"{len(rest)} more", "", sum(m.copies for m in rest), _together(rest)))
     columns = [
@@ -612,7 +653,7 @@ def _kinds(s: Subject) -> Section:
             _amount(k.moved_bytes),
             _share(k.moved_bytes / moved),
         ]
-        rows.append([*cells, _seconds(k.roofline_seconds)] if s.forecast is not None else cells)
+        rows.append([*cells, _seconds(k.seconds)] if s.forecast is not None else cells)
     columns = [
         Column("kind", number=False),
         Column("calls", minor=True),
@@ -622,7 +663,7 @@ def _kinds(s: Subject) -> Section:
         Column("share", minor=True),
     ]
     if s.forecast is not None:
-        columns.append(Column("roofline time"))
+        columns.append(Column(_clock(s.ops)))
     flop = ledger.flops
     phases = [
         ("forward", flop.forward),
@@ -664,8 +705,8 @@ def _gradients(ledger: Ledger) -> Section:
     found = layers(ledger)
     rows: list[Row] = [
         [
-            x.module or "(model)",
-            Cell(x.shapes),
+            clipped(x.module) or "(model)",
+            Cell(clipped(x.shapes)),
             Cell(x.formula),
             Cell(format_flops(x.forward), x.forward),
             Cell(format_flops(x.d_input) if x.d_input else "none", x.d_input),

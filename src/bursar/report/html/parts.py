@@ -63,7 +63,7 @@ def table(
     body = [tag("tr", *_cells(columns, row)) for row in rows]
     made = tag(
         "table",
-        tag("caption", caption),
+        tag("caption", tag("span", caption)),
         tag("thead", head) if any(c.title for c in columns) else None,
         tag("tbody", *body),
         tag("tfoot", tag("tr", *_cells(columns, foot))) if foot is not None else None,
