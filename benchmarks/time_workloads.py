@@ -94,7 +94,9 @@ class Experts(nn.Module):
         b, s, d = x.shape
         for layer in self.layers:
             q, k, v = layer["qkv"](layer["norm"](x)).view(b, s, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
-            x = x + layer["out"](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d))
+            x = x + layer["out"](
+                F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)
+            )
             weights = layer["router"](x).softmax(-1)
             parts = [e(t) * w[..., :1] for e, t, w in zip(layer["experts"], x.chunk(len(layer["experts"]), 1),
                                                           weights.chunk(len(layer["experts"]), 1), strict=True)]  # fmt: skip

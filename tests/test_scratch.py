@@ -1,4 +1,4 @@
-"""What a CPU kernel takes for itself: each formula against the allocator's record of the op, and where a trace has it."""
+"""What a CPU kernel takes for itself: each formula against the record of the op, and where a trace has it."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ def test_a_thread_has_buffers_of_its_own():
 
 def test_lstm_keeps_what_its_workspace_says():
     """An estimate: 3 % for what it rounds more or less than oneDNN does."""
-    for T, B, I, H in ((12, 3, 48, 96), (20, 2, 256, 256), (5, 7, 64, 160)):
-        args = (rand(T, B, I), rand(4 * H, I), rand(4 * H, H), rand(4 * H), rand(4 * H), rand(B, H), rand(B, H), False,
+    for T, B, D, H in ((12, 3, 48, 96), (20, 2, 256, 256), (5, 7, 64, 160)):
+        args = (rand(T, B, D), rand(4 * H, D), rand(4 * H, H), rand(4 * H), rand(4 * H), rand(B, H), rand(B, H), False,
                 [], 2, H, 1, True, False, False, True)  # fmt: skip
         kept = asking.record(aten.mkldnn_rnn_layer.default, args, None).output_bytes[3]
-        assert lstm_workspace(T, B, I, H, 4) == pytest.approx(kept, rel=0.03), (T, B, I, H)
+        assert lstm_workspace(T, B, D, H, 4) == pytest.approx(kept, rel=0.03), (T, B, D, H)
 
 
 def test_a_name_has_one_formula():

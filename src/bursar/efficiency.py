@@ -144,11 +144,17 @@ def _maker(device: Accelerator) -> str:
 
 
 def product_dtype(device: Accelerator, precision: str) -> str:
-    """The dtype whose peak bounds products in ``precision``: fp8 for mxfp8; the next wider one the device has."""
+    """The dtype whose peak bounds products in ``precision``: fp8 for mxfp8; the next wider one the device has.
+
+    Raises BadInput where the catalogue has none.
+    """
     wanted = {"mxfp8": "fp8", "nvfp4": "fp4"}.get(precision, precision)
     wider = {"fp4": ("fp4", "fp8", "bf16", "fp16"), "fp8": ("fp8", "bf16", "fp16"), "bf16": ("bf16", "fp16", "fp32"),
              "fp16": ("fp16", "fp32")}  # fmt: skip
-    return next((d for d in wider.get(wanted, (wanted,)) if d in device.peak_flops_per_s), "fp32")
+    found = next((d for d in (*wider.get(wanted, (wanted,)), "fp32") if d in device.peak_flops_per_s), None)
+    if found is None:
+        device.peak("fp32")  # says what there is
+    return found or wanted
 
 
 @cache

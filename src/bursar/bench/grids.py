@@ -161,8 +161,10 @@ def named(rows: int, dtype: str) -> Iterator[tuple[str, Call]]:
     yield ("embedding_dense_backward",
            call("embedding_dense_backward", x, idx, 1024, -1, False, out=(table._replace(storage=-1),)))  # fmt: skip
     yield "index_select", call("index_select", x, 0, idx, out=out)
-    yield ("native_batch_norm",
-           call("native_batch_norm", images, channels, channels, channels, channels, True, 0.1, 1e-5, out=out))
+    yield (
+        "native_batch_norm",
+        call("native_batch_norm", images, channels, channels, channels, channels, True, 0.1, 1e-5, out=out),
+    )
     yield ("native_batch_norm_backward", call("native_batch_norm_backward", images, images, channels, channels, channels,
                                               channels, channels, True, 1e-5, (True, True, True), out=out))  # fmt: skip
     n = rows // 8

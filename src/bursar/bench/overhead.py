@@ -52,7 +52,9 @@ def measure(bench: Bench, repeats: int = 15) -> dict[str, float]:
         return y
 
     found["module"] = clock.median(modules, budget=0.01)[0] / _CHAIN - per_call / _CHAIN
-    found["module_cold"] = _after(lambda: sweep.add_(1.0), lambda: scaled(x), repeats) - alone[COLD] - found["call_cold"]
+    found["module_cold"] = (
+        _after(lambda: sweep.add_(1.0), lambda: scaled(x), repeats) - alone[COLD] - found["call_cold"]
+    )
     flat = torch.ones(2, 4, requires_grad=True)
 
     def views() -> None:

@@ -139,7 +139,22 @@ def _made_ready(op: Any, call: Call, sets: list[Any]) -> Any:
             x, w0, w1, w2, w3, hx, cx = args[:7]
             reverse, mode, hidden, layers, has_biases, _, bidirectional, sizes, batch_first = args[13:22]
             out = torch.ops.aten.mkldnn_rnn_layer(  # with gradients enabled, else it makes none
-                x, w0, w1, w2, w3, hx, cx, reverse, sizes, mode, hidden, layers, has_biases, bidirectional, batch_first, True
+                x,
+                w0,
+                w1,
+                w2,
+                w3,
+                hx,
+                cx,
+                reverse,
+                sizes,
+                mode,
+                hidden,
+                layers,
+                has_biases,
+                bidirectional,
+                batch_first,
+                True,
             )
             given = [*args]
             given[7:10], given[22] = out[:3], out[3]
@@ -182,6 +197,10 @@ def _limits(call: Call, names: Iterable[str]) -> dict[str, int]:
     if base in known:
         return known[base]()
     dim = given.get("dim")
-    if isinstance(given.get("index"), Operand) and isinstance(dim, int) and -len(shape("self")) <= dim < len(shape("self")):
+    if (
+        isinstance(given.get("index"), Operand)
+        and isinstance(dim, int)
+        and -len(shape("self")) <= dim < len(shape("self"))
+    ):
         return {"index": shape("self")[dim]}
     return {}

@@ -32,6 +32,7 @@ def step(
     on: str | None = None,
     layout: str | None = None,
     zero_grad: str = "none",
+    scratch: str = "asked",
     gradients: Annotated[bool, Parameter(negative=())] = False,
     measure: Annotated[bool, Parameter(negative=())] = False,
     benchmark: bool = True,
@@ -72,9 +73,12 @@ def step(
         an accelerator (h100-sxm), several as data-parallel ranks (8xh100-sxm), cpu for the CPU backend's ops, or local
         for this machine as bursar bench measured it
     layout:
-        how the ranks share the work: dp=N; others come with the planner
+        how the ranks share the work: dp=N (bursar plan prices the others)
     zero_grad:
         what becomes of gradients after the update: none (freed) or zeros (kept, filled with zeros)
+    scratch:
+        with --on cpu, what a kernel takes for itself: asked (each of oneDNN's is called once, on zeros), formula (nothing
+        is called) or none
     gradients:
         per layer, the FLOPs of forward, dX and dW with shapes and formula
     measure:
@@ -105,7 +109,7 @@ def step(
         html=html, perfetto=perfetto, parquet=parquet, csv=csv, markdown=markdown, snapshot=snapshot, plot=plot
     )
     asked = _asked(model, batch_size=batch_size, seq_len=seq_len, precision=precision, optimizer=optimizer,
-                   recompute=recompute, accumulate=accumulate, on=on, layout=layout, zero_grad=zero_grad,
+                   recompute=recompute, accumulate=accumulate, on=on, layout=layout, zero_grad=zero_grad, scratch=scratch,
                    gradients=gradients, measure=measure)  # fmt: skip
     on = _with_layout(on, layout)
     if measure:
@@ -137,7 +141,9 @@ def step(
             accumulate=accumulate,
             on=on,
             zero_grad=zero_grad,
+            scratch=scratch,
         )
+        forecast: Forecast | None
         if on == "local":
             from bursar import bench
 
@@ -167,7 +173,7 @@ def _files(**paths: Path | None) -> dict[str, Path]:
 
 def _asked(model: str, **flags: Any) -> str:
     """The command that asks for the same again; flags left at what they are without being given stand not in it."""
-    unset = {"precision": "fp32", "recompute": "none", "accumulate": 1, "zero_grad": "none"}
+    unset = {"precision": "fp32", "recompute": "none", "accumulate": 1, "zero_grad": "none", "scratch": "asked"}
     given = {flag.replace("_", "-"): value for flag, value in flags.items()
              if value is not None and value is not False and value != unset.get(flag)}  # fmt: skip
     words = [f"--{flag}" + ("" if value is True else f" {shlex.quote(str(value))}") for flag, value in given.items()]
@@ -219,7 +225,9 @@ def _measured(
         found = reconcile(ledger, measured, priced.expected if priced is not None else None)
         if priced is not None:
             bench.learn(ledger.model.name, priced, measured)
-    _write(files, ledger, priced.forecast if priced is not None else None, command=asked, measured=measured, found=found)
+    _write(
+        files, ledger, priced.forecast if priced is not None else None, command=asked, measured=measured, found=found
+    )
     from bursar.report import reconcile as page
 
     if json:
@@ -266,7 +274,7 @@ def _with_layout(on: str | None, layout: str | None) -> str | None:
     parts = dict(part.partition("=")[::2] for part in layout.split(","))
     unknown = [name for name in parts if name != "dp"]
     if unknown:
-        raise BadInput(f"layout {unknown[0]!r} is not counted yet; step knows dp=N")
+        raise BadInput(f"layout {unknown[0]!r} is not counted yet; step knows dp=N, bursar plan --layout the others")
     given = cluster(on)
     if not parts["dp"].isdecimal() or int(parts["dp"]) != given.count:
         raise BadInput(

@@ -60,7 +60,9 @@ def measure(work: Workload, ledger: Ledger, device: torch.device, **options: Any
     if timed.dropped:
         notes.append(f"{timed.dropped} intervals of no or negative length were left out: the clock was set back")
     if any(not bool(p.isfinite().all()) for p in module.parameters()):
-        notes.append("a weight is no number any more: the loss became NaN on the way; the seconds stand, a loss does not")
+        notes.append(
+            "a weight is no number any more: the loss became NaN on the way; the seconds stand, a loss does not"
+        )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_name()
     return Measured(device.type, name, flops.model, flops.hardware, peak.bytes, timed.walls, timed.cpu, profiled.rows,
                     _busy(before, after, timed), timed.threads if device.type == "cpu" else (), torch.get_num_threads(),
@@ -96,9 +98,7 @@ class _Timed(NamedTuple):
     dropped: int
 
 
-def _timed(
-    step: Callable[[], None], device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> _Timed:
+def _timed(step: Callable[[], None], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> _Timed:
     """Time some steps. Raises NoAnswer where the clock stands or runs backwards all the time."""
     walls: list[float] = []
     threads: list[float] = []

@@ -39,8 +39,8 @@ _GPU = "a100-80g-sxm"  # where a source prints none: what most rows ran on
 _RECOMPUTE = {"full_uniform": "full", "full_block": "full", "": ""}
 
 
-class NoForecast(BadInput):
-    """Nothing can be forecast for a row, though every cell of it can be read."""
+class BadCell(BadInput):
+    """A cell that cannot be read; any other BadInput is about a run that can be read and not forecast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,9 @@ def run(row: Mapping[str, str | None]) -> Run:
             where = _cluster(cell, job)
             if not any(cell.text(name) for name in ("micro_batch", "grad_accumulation")):
                 job = _with_micro_batch(job, where, cell)
-        except (UnknownName, NoForecast) as error:
+        except BadCell:
+            raise
+        except (UnknownName, BadInput) as error:
             job, skip = None, str(error)
     ran = cell.text("fits")
     return Run(
@@ -131,9 +133,9 @@ class _Cells:
         try:
             value = float(text)
         except ValueError:
-            raise BadInput(f"row {self.text('id')}: {name} is {text!r}, not a number") from None
+            raise BadCell(f"row {self.text('id')}: {name} is {text!r}, not a number") from None
         if not 0 <= value < 1e30:
-            raise BadInput(f"row {self.text('id')}: {name} is {text}, which cannot be")
+            raise BadCell(f"row {self.text('id')}: {name} is {text}, which cannot be")
         return value
 
     def count(self, name: str, default: int, why: str = "") -> int:
@@ -144,13 +146,13 @@ class _Cells:
                 self.assumed.append(f"{name} = {default} ({why})")
             return default
         if value != int(value):
-            raise BadInput(f"row {self.text('id')}: {name} is {value}, not a whole number")
+            raise BadCell(f"row {self.text('id')}: {name} is {value}, not a whole number")
         return int(value)
 
     def must(self, name: str) -> int:
         """A whole number that has to be there."""
         if not self.text(name):
-            raise NoForecast(f"no {name}")
+            raise BadInput(f"no {name}")
         return self.count(name, 0)
 
 
@@ -245,7 +247,7 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
         attention = "flash"
     precision = cell.text("precision") or "bf16"
     if precision not in PRECISIONS:
-        raise NoForecast(f"no precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        raise BadInput(f"no precision {precision!r}; known: {', '.join(PRECISIONS)}")
     gradients = 4.0 if "fp32_grad_accumulation" in flags else 2.0 if "grad_reduce_bf16" in flags else None
     overlap = flags.get("overlap_grad_reduce")
     return Job(
@@ -382,7 +384,7 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
     """The row's shape."""
     d = cell.count("d_model", 0)
     if not d:
-        raise NoForecast("no d_model")
+        raise BadInput("no d_model")
     heads = cell.must("n_heads")
     family = cell.text("family")
     gated = cell.text("gated_mlp") == "1" if cell.text("gated_mlp") else family in _GATED

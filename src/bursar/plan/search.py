@@ -50,6 +50,7 @@ NO_BLOCKS = "every k blocks needs k blocks on a stage"
 NO_MEMORY = "does not fit in memory"
 NO_MONEY = "over the budget"
 NO_TIME = "takes longer than the days given"
+_MOST_CHUNKS: Final = 16  # virtual stages of one rank
 _MOST_TRIED: Final = 2048  # accelerators, in looking for a number on which something fits
 _SLACK: Final = 1 / 8  # a batch is rounded to the nearest that divides, up to this share of it
 
@@ -74,6 +75,7 @@ class Question:
     days: float | None = None  # at most
     budget_usd: float | None = None  # at most
     usd_per_gpu_hour: float | None = None  # in place of the catalogue's
+    notes: tuple[str, ...] = ()  # what was taken for granted in asking
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch"):
@@ -283,10 +285,11 @@ def enumerate_layouts(question: Question, n_ranks: int) -> Space:
     """Every layout of ``n_ranks`` ranks that divides; ``searched`` counts the others too."""
     model, S, fixed = question.model, question.seq_len, question.fixed
     micro = _axis(fixed, "micro_batch", _powers(max(1, int(question.batch * (1 + _SLACK)))))
-    chunks = (
-        _divisors(model.n_layers) if "interleaved" in question.schedules or "dualpipev" in question.schedules else [1]
-    )
-    chunks = [v for v in chunks if v <= 16]
+    chunks = [1]
+    if "interleaved" in question.schedules:
+        chunks = [v for v in _divisors(model.n_layers) if v <= _MOST_CHUNKS]
+    elif "dualpipev" in question.schedules:
+        chunks = [1, 2]
     experts = _divisors(model.n_experts) if model.n_experts else [1]
     columns: dict[str, list[Array]] = {a: [] for a in AXES}
     searched, rejected = 0, Counter[str]()
@@ -574,7 +577,7 @@ def _words(job: Job) -> str:
 
 def _notes(question: Question, best: Sequence[Choice]) -> tuple[str, ...]:
     """What the answer takes for granted."""
-    said = []
+    said = list(question.notes)
     if best:
         asked, made = question.batch * question.seq_len, best[0].batch_tokens
         if made != round(asked):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bursar.efficiency import product_dtype
 from bursar.errors import BursarError
 from bursar.plan.intervals import COVERAGE, Errors, factors, generation, kind, learn
 from bursar.plan.published import Run
@@ -155,7 +156,7 @@ def _forecast(run: Run, time: Callable[..., StepTime], memory: Callable[..., Ran
     found = []
     if run.step_seconds:
         made = time(job, cluster)
-        peak = cluster.peak(_dtype(job.precision, cluster.accelerator.peak_flops_per_s))
+        peak = cluster.peak(product_dtype(cluster.accelerator, job.precision))
         floor = _number(made.hardware_flops) / peak
         seconds = _number(made.seconds)
         found.append(Forecast(run, "step_time", run.step_seconds, seconds, floor))
@@ -175,11 +176,6 @@ def _forecast(run: Run, time: Callable[..., StepTime], memory: Callable[..., Ran
 
 def _number(value: Any) -> float:
     return float(np.asarray(value).reshape(-1)[0])
-
-
-def _dtype(precision: str, peaks: Mapping[str, float]) -> str:
-    plain = {"mxfp8": "fp8", "nvfp4": "fp4"}.get(precision, precision)
-    return plain if plain in peaks else "bf16"
 
 
 class _Scales:

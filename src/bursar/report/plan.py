@@ -32,7 +32,10 @@ def render(plan: Plan, *, explain: bool = False) -> Iterator[Any]:
         yield line(plan.nearest)
         yield _rejected(plan)
         return
-    several = len({choice.cluster.name for choice in plan.layouts}) > 1
+    names = {choice.cluster.name for choice in plan.layouts}
+    several = len(names) > 1
+    if not several:
+        yield line(f"On {names.pop()}:")
     yield table(_title(plan), *_columns(plan, several))
     yield note(
         "dp replicas, z ZeRO stage (3 is FSDP; k parameters kept after forward; /group) · tp, s with sequence "
@@ -103,6 +106,7 @@ def shorthand(choice: Choice) -> str:
         said.append(f"tp{lay.tp}" + "s" * bool(lay.sequence_parallel))
     if lay.pp > 1:
         said.append(f"pp{lay.pp}" + (f"×{lay.virtual_stages}" if lay.virtual_stages > 1 else ""))
+        said += [lay.schedule] * (lay.schedule not in ("1f1b", "interleaved"))
     said += [f"{axis}{getattr(lay, axis)}" for axis in ("cp", "ep") if getattr(lay, axis) > 1]
     if choice.job.precision != "bf16":
         said.append(choice.job.precision)

@@ -59,9 +59,15 @@ def record(ledger: Ledger, measured: Measured, found: Reconciliation) -> dict[st
 def _records(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return [
         {
-            "name": p.name, "calls": p.calls, "flops": p.flops, "bytes": p.moved_bytes, "seconds": p.seconds,
-            "forecast_seconds": p.forecast_seconds, "measured_seconds": p.span_seconds,
-            "allocated_bytes": p.allocated_bytes, "measured_allocated_bytes": p.measured_bytes,
+            "name": p.name,
+            "calls": p.calls,
+            "flops": p.flops,
+            "bytes": p.moved_bytes,
+            "seconds": p.seconds,
+            "forecast_seconds": p.forecast_seconds,
+            "measured_seconds": p.span_seconds,
+            "allocated_bytes": p.allocated_bytes,
+            "measured_allocated_bytes": p.measured_bytes,
             "cause": p.cause or None,
         }
         for p in parts
@@ -136,7 +142,14 @@ def cells(x: Line) -> tuple[str, str, str, str, str, str]:
     write = _WRITE[x.unit]
     error = "equal" if x.predicted == x.measured else f"{x.error:+.2%}"
     within = "exact" if not x.tolerance else f"±{x.tolerance:.0%}"
-    return x.what, write(x.predicted), write(x.measured), error, within, ("" if x.balances else "does not balance") if x.judged else "not judged"
+    return (
+        x.what,
+        write(x.predicted),
+        write(x.measured),
+        error,
+        within,
+        ("" if x.balances else "does not balance") if x.judged else "not judged",
+    )
 
 
 def _part(p: Part, total: float) -> tuple[str, ...]:

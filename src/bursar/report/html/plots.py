@@ -533,7 +533,7 @@ def bar(
     return svg(id_, width, height, title, about or title, *drawn, class_="plot bar")
 
 
-def share_bar(share: float, width: float = 64) -> Markup:
+def share_bar(share: float, width: float = 48) -> Markup:
     """A share of 1 as a short bar in a cell: the number beside it says the same, so screen readers pass it over."""
     return tag(
         "svg",
