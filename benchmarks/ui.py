@@ -162,13 +162,14 @@ def main() -> None:
         f"| moved slider, never asked before: median, 99 % | {ms(fresh, 0.5):.0f}, {ms(fresh, 0.99):.0f} ms | 100 ms |",
         f"| the same, processor time of the page | {cpu * 1e3:.0f} ms | |",
         f"| moved slider, asked before: median, 99 % | {ms(again, 0.5):.1f}, {ms(again, 0.99):.1f} ms | 100 ms |",
-        f"| {CLIENTS} clients, {args.seconds:g} s without a pause: replies, errors | {len(took):,}, {len(errors)} | 0 errors |",
+        f"| {CLIENTS} clients, {args.seconds:g} s without a pause: replies, errors | {len(took):,}, {len(errors)} "
+        "| 0 errors |",
         f"| the same: median, 99 %, longest | {ms(took, 0.5):.0f}, {ms(took, 0.99):.0f}, {ms(took, 1):.0f} ms "
         "| 99 % in 250 ms |",
         f"| memory of the page's process: at the start, at most | {start:.0f}, {most:.0f} MB | 120 MB |",
         f"| the page with all it asks for | {size / 1e3:.0f} kB, {requests} requests | 150 kB, 6 requests |",
         "",
-        f"The clients ask for {len(STATES)} set-ups over and over, the first time included: the longest replies are those.",
+        f"The clients ask for {len(STATES)} set-ups over and over, the first time included: those are the longest.",
         "",
         "| best usual layout against the best of all | usual | all | slower by |",
         "|---|---:|---:|---:|",

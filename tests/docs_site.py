@@ -51,6 +51,7 @@ NAV: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("Add an optimizer", "docs/howto/optimizer.md"),
             ("Gate a pull request", "docs/ci.md"),
             ("Meter a loop", "docs/howto/meter.md"),
+            ("Ask on a page", "docs/howto/page.md"),
             ("Calibrate this machine", "docs/howto/bench.md"),
         ),
     ),
@@ -76,6 +77,7 @@ NAV: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("Counters", "benchmarks/counters.md"),
             ("Architectures", "benchmarks/architectures.md"),
             ("torch's op database", "benchmarks/op_database.md"),
+            ("The page under load", "benchmarks/ui.md"),
         ),
     ),
     (

@@ -20,6 +20,8 @@ from bursar.errors import BadInput
 from bursar.plan.search import AXES, enumerate_layouts, priced
 from bursar.plan.usual import narrowed, usual
 from bursar.report.bars import bar
+from bursar.report.outlook import MEMORY, TIME
+from bursar.step_time import PARTS
 from bursar.web import server
 from bursar.web.answers import answer, asked, found
 from bursar.web.pages import changing, whole
@@ -560,6 +562,17 @@ def test_a_page_is_titled_by_its_set_up(small):
     text = whole(State(SETUP), small, None)
     assert "<title>gpt2 on 8 × NVIDIA H100 SXM5 80GB · bursar</title>" in text
     assert len(re.findall(r"<h1", text)) == 1
+
+
+def test_every_part_of_memory_and_time_has_its_words_and_its_colour(small):
+    style = server.static()["style.css"].body.decode()
+    moe = answer(replace(SETUP, model="mixtral-8x7b", gpus=64, seq=4096, batch=4_000_000, recompute="none"))
+    for answered in (small, moe):
+        assert {p.name for p in answered.memory} <= set(MEMORY)
+        assert {p.name for p in answered.time} <= set(TIME)
+    assert set(PARTS) <= set(TIME)
+    for name in (*(f"m-{part}" for part in MEMORY), *(f"t-{part}" for part in TIME)):
+        assert re.search(rf"\.{name}\b", style), name
 
 
 def test_a_reply_does_not_wait_for_the_acknowledgement_of_its_head():

@@ -24,7 +24,7 @@ from bursar.rank_memory import RankMemory, rank_memory
 from bursar.run import spent
 from bursar.step_time import StepTime, step_time
 
-RECOMPUTE: Final = (("none", 1), ("selective", 1), ("full", 1))
+RECOMPUTE: Final = (("none", 1), ("full", 1))  # and, where attention stores scores, selective
 OF_THE_WHOLE: Final = ("cpu-offload", "sparse-gradients")  # levers that take a rank's parameters to be all of them
 TOKENS_PER_PIECE: Final = 4096  # context parallelism below this many tokens of a rank is nobody's first try
 
@@ -58,14 +58,15 @@ def narrowed(question: Question, cluster: Cluster) -> Question:
         "pp": _powers(16),
         "cp": _powers(min(16, max(1, question.seq_len // TOKENS_PER_PIECE))),
         "ep": (1, 8, 16, 32, 64),
-        "zero_stage": (0, 1, 3),
+        "zero_stage": (0, 1, 3) if cluster.count < 256 else (1, 3),  # 0 is for a single replica
         "fsdp": (1,),
-        "virtual_stages": (1, 2, 4, 5),
+        "virtual_stages": (1, 2, 3, 4, 5, 6),
         "micro_batch": _powers(max(8, 512 // cluster.count)),
     }
+    ways = (*RECOMPUTE, ("selective", 1)) if question.attention == "naive" else RECOMPUTE
     return replace(
         question, fixed={**few, **question.fixed}, schedules=("1f1b", "interleaved"),
-        recompute=RECOMPUTE if len(question.recompute) > 1 else question.recompute,
+        recompute=ways if len(question.recompute) > 1 else question.recompute,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ MEMORY = {  # parts of a rank's memory, in words
     "temporary": "of the block at work at the peak",
     "collective_buffers": "gathered parameters, what is sent",
     "workspaces": "of cuBLAS and Transformer Engine",
+    "inputs": "tokens, labels, masks",
     "outside": "what the allocator holds beyond the peak, the CUDA context, NCCL",
 }
 TIME = {  # parts of a step, in words; what is sent counts as far as nothing hides it
