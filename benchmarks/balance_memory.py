@@ -399,8 +399,8 @@ oneDNN's called once on zeros of its shapes, which is the default; **formula**, 
 all, as a bare tracker has it. torch's own kernels have formulas in the first two. The last column names the scratch
 that stands at the peak.
 
-Within 0.1 %: {within("asked", 1e-3)} of {n} asked, {within("formula", 1e-3)} by formula, {within("none", 1e-3)} without.
-Within 1 %: {within("asked", 1e-2)}, {within("formula", 1e-2)}, {within("none", 1e-2)}. Largest error:
+Within 0.1 %: {within("asked", 1e-3)} of {n} asked, {within("formula", 1e-3)} by formula, {within("none", 1e-3)}
+without. Within 1 %: {within("asked", 1e-2)}, {within("formula", 1e-2)}, {within("none", 1e-2)}. Largest error:
 {errors["asked"]:.3%} asked, {errors["formula"]:.1%} by formula, {errors["none"]:.1%} without.
 
 | workload | record, B | asked, B | asked | formula | none | scratch at the peak |

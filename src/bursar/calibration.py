@@ -111,7 +111,7 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{value} is no measurement")
-        return repr(float(f"{value:.6g}"))
+        return repr(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_value, value)) + "]"
     text = "".join(c if c.isprintable() and c not in '"\\' else " " for c in str(value))

@@ -1,8 +1,9 @@
 """In what state a step's ops run: what of their operands is still in cache, and what is called around them. No torch.
 
 An op's seconds depend on where its operands are. Each input was touched some bytes ago (its reuse distance: all that
-moved in between); past the size of the core's own cache it has to come from further away. The same goes for the op's
-code, and for the block that its output gets: the allocator hands out the block freed last of that size.
+moved in between); past the size of the core's own cache it has to come from further away, and past some of that from
+memory, for the last cache is shared with whoever else runs here. The same goes for the op's code, and for the block
+that its output gets: the allocator hands out the block freed last of that size.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from typing import Any, NamedTuple
 
 from bursar.ledger import Call, Ledger, Operand
 
-HOT, COLD = 0, 1
+HOT, NEAR, FAR = 0, 1, 2
+FAR_CACHES = 8  # a distance of this many of the core's own caches is far
 
 
 class State(NamedTuple):
-    """Where one call finds what it needs: `HOT` in the core's own cache, `COLD` further away."""
+    """Where one call finds what it needs: `HOT` in the core's own cache, `NEAR` it, or `FAR` away."""
 
     inputs: tuple[int, ...]  # by distinct storage, in the order of the arguments
     output: int
-    code: int
+    code: int  # HOT or NEAR
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Placed:
     new_site: bool  # the first op of a call made in Python
     entered: bool  # the first op of another module than the row before's
     stream: float  # of the core's own cache, the share that the row before streamed through: 1 where all of it
-    cold: float  # of the bytes of its inputs, the share that comes from afar
+    cold: float  # of the bytes of its inputs, the share that comes from afar, what is near counted half
 
 
 def operands(value: Any) -> Iterator[Operand]:
@@ -90,13 +92,13 @@ def placed(ledger: Ledger, cache_bytes: int) -> list[Placed]:
         for i, (row, call) in enumerate(zip(rows, calls, strict=True)):
             inputs = distinct(arguments(call))
             moved = sum(b for _, b in inputs) + sum(map(n_bytes, call.outputs))
-            level = tuple(int(clock - touched.get(s, -(10**15)) > cache_bytes) for s, _ in inputs)
-            output = COLD
+            level = tuple(_level(clock - touched.get(s, -(10**15)), cache_bytes) for s, _ in inputs)
+            output = FAR if call.outputs else HOT
             for out in call.outputs:
                 size = ledger.storages[out.storage].n_bytes if out.storage >= 0 else 0
                 if stack := blocks.get(size):
-                    output = int(clock - stack.pop() > cache_bytes)
-            code = int(clock - ran.get(call.op, -(10**15)) > cache_bytes)
+                    output = _level(clock - stack.pop(), cache_bytes)
+            code = min(NEAR, _level(clock - ran.get(call.op, -(10**15)), cache_bytes))
             clock += moved
             ran[call.op] = clock
             for storage, _ in inputs:
@@ -106,7 +108,7 @@ def placed(ledger: Ledger, cache_bytes: int) -> list[Placed]:
             for storage in frees.get(i, ()):
                 blocks.setdefault(ledger.storages[storage].n_bytes, []).append(touched.get(storage, clock))
             if turn:
-                far = sum(b for (_, b), l in zip(inputs, level, strict=True) if l)
+                far = sum(b * at / FAR for (_, b), at in zip(inputs, level, strict=True))
                 found.append(
                     Placed(
                         call,
@@ -121,6 +123,10 @@ def placed(ledger: Ledger, cache_bytes: int) -> list[Placed]:
             last = moved
             before = (call.site, row.module)
     return found
+
+
+def _level(distance: int, cache_bytes: int) -> int:
+    return HOT if distance <= cache_bytes else NEAR if distance <= FAR_CACHES * cache_bytes else FAR
 
 
 def _freed(ledger: Ledger) -> dict[int, list[int]]:

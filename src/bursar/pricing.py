@@ -258,20 +258,14 @@ class Curves:
 
     def around(self, place: Placed) -> float:
         """Seconds beyond the op alone. Less than nothing where a step calls it more cheaply than a benchmark does."""
-        over, cold = self._over, place.stream
-
-        def of(name: str) -> float:
-            hot = over[name]
-            return hot + cold * (over.get(f"{name}_cold", hot) - hot)
-
-        views = place.call.views * of("view")
-        if place.phase == "optimizer":
-            return of("optimizer") + views
-        if place.phase == "backward":
-            return of("backward") + views * 0.5
-        if not place.new_site:
-            return of("inner") + views * 0.5
-        return of("call") + views + (of("module") if place.entered else 0.0)
+        over, views = self._over, place.call.views * self._over["view"]
+        if place.phase in ("backward", "optimizer"):
+            shown = views if place.phase == "optimizer" else views / 2
+            return over[place.phase] + shown + place.stream * over.get(f"{place.phase}_cold", 0.0)
+        if not place.new_site:  # within a composite, no Python and no new code
+            return over["inner"] + views / 2
+        entered = over["module"] if place.entered else 0.0
+        return over["call"] + views + entered + place.stream * over.get("forward_cold", 0.0)
 
 
 def product_sizes(name: str, tensors: Sequence[Operand]) -> tuple[int, str, int, int, int]:

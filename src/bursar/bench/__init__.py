@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import statistics
 import time
@@ -36,10 +37,11 @@ class Extent:
     lengths: tuple[int, ...] = (64, 256, 1024)
     most_bytes: int = 2**27
     dtypes: tuple[str, ...] = ("fp32", "bf16")
+    reference: tuple[int, int, int, int] = (1024, 256, 8, 31)  # rows, width, layers, repeats
 
 
 FULL = Extent()
-QUICK = Extent((64, 256), (64,), ("NN", "NT"), (16,), (64,), 2**20, ("fp32",))
+QUICK = Extent((64, 256), (64,), ("NN", "NT"), (16,), (64,), 2**20, ("fp32",), (64, 32, 2, 3))
 
 
 @contextlib.contextmanager
@@ -110,6 +112,9 @@ def calibrate(extent: Extent = FULL, say: Say = lambda text: None) -> Calibratio
         say("overhead of a call")
         around = overhead.measure(bench)
         half = Calibration("", me, clock.name(), 0.0, before, 1.0, 0.0, matmul, attention, {}, ops, bandwidth, around)
+        say("a step whose ops are known")
+        around = {**around, **overhead.cold(bench, half, *extent.reference)}
+        half = dataclasses.replace(half, overhead=around)
         say("convolution")
         product = Curves(half)._product
         shares = grids.convolution(bench, lambda m, n, k: product("fp32", 1, "NN", m, n, k))

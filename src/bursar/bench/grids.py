@@ -13,7 +13,7 @@ import torch
 from bursar.bench import clock
 from bursar.bench.single import Bench
 from bursar.calibration import Point
-from bursar.context import COLD, HOT, State, arguments, distinct
+from bursar.context import FAR, HOT, NEAR, State, arguments, distinct
 from bursar.ledger import Call, Operand
 
 Say = Callable[[str], None]
@@ -49,8 +49,8 @@ def call(op: str, *args: Any, out: tuple[Operand, ...] = (), **kwargs: Any) -> C
 
 
 def state(made: Call, level: int) -> State:
-    """All of its operands hot, or all cold."""
-    return State((level,) * len(distinct(arguments(made))), level, level)
+    """All of its operands hot, or all far."""
+    return State((level,) * len(distinct(arguments(made))), level, min(level, NEAR))
 
 
 def matmul(bench: Bench, dtype: str, sizes: tuple[int, ...], layouts: tuple[str, ...]) -> dict[str, tuple[Point, ...]]:
@@ -64,7 +64,7 @@ def matmul(bench: Bench, dtype: str, sizes: tuple[int, ...], layouts: tuple[str,
             a = operand(m, k, dtype=dtype, transposed=layout[0] == "T")
             b = operand(k, n, dtype=dtype, transposed=layout[1] == "T")
             made = call("mm", a, b, out=(operand(m, n, dtype=dtype, storage=-1),))
-            seconds = bench.seconds(made, state(made, COLD), budget=3e-3)
+            seconds = bench.seconds(made, state(made, FAR), budget=3e-3)
             if seconds is not None:
                 points.append((m, n, k, seconds))
         if points:
@@ -106,7 +106,7 @@ def convolution(bench: Bench, product: Callable[[int, int, int], float]) -> dict
         mask = (c_in > 3, True, True)
         backward = call("convolution_backward", y, x, w, (c_out,), *rest, mask, out=(w._replace(storage=-1),))
         for way, made, times in (("forward", forward, 1), ("backward", backward, 2 if mask[0] else 1)):
-            seconds = bench.seconds(made, state(made, COLD))
+            seconds = bench.seconds(made, state(made, FAR))
             if seconds:
                 found[way].append(times * equivalent / seconds)
     return {way: statistics.median(shares) if shares else 1.0 for way, shares in found.items()}
@@ -181,7 +181,7 @@ def ops(bench: Bench, dtype: str, rows: tuple[int, ...]) -> dict[str, dict[str, 
     found: dict[str, dict[str, list[Point]]] = {}
     for r in rows:
         for name, made in named(r, dtype):
-            for level, label in ((HOT, "hot"), (COLD, "cold")):
+            for level, label in ((HOT, "hot"), (FAR, "cold")):
                 seconds = bench.seconds(made, state(made, level), budget=1e-3)
                 if seconds is not None:
                     elements = max(math.prod(o.shape) for o in (*arguments(made), *made.outputs))

@@ -1,15 +1,16 @@
 """What an op's place in a step adds to it, and what it costs to call it at all.
 
 Each is the time of a tiny op in its place (a chain that autograd records, its backward, an optimizer's loop, the inside
-of a C++ composite) less that of the same op in `single.Bench`. ``_cold`` is the same after a pass over memory that swept
-the code from the core's cache, as most ops of a real step find it.
+of a C++ composite) less that of the same op in `single.Bench`. In a real step the code around an op is cold, for every
+op of any size sweeps the core's cache: what that adds is taken from a reference step, as what its ops run by themselves
+leave unexplained of each phase, per op after such a sweep.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,19 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bursar.bench import clock
 from bursar.bench.grids import call, operand, state
-from bursar.bench.single import EVICT_BYTES, Bench
-from bursar.context import COLD, HOT
+from bursar.bench.single import Bench
+from bursar.calibration import Calibration
+from bursar.context import HOT, placed, signature
+from bursar.pricing import Curves
+from bursar.workload.step import step
 
 _CHAIN = 64
 
 
 def measure(bench: Bench, repeats: int = 15) -> dict[str, float]:
-    """Seconds by place: floor, call, module, view, inner, backward, optimizer, and what is colder."""
+    """Seconds by place, all code hot: floor, call, module, view, inner, backward, optimizer."""
     tiny = operand(8)
     adding = call("mul.Tensor", tiny, tiny, out=(tiny._replace(storage=-1),))
-    alone = {level: bench.seconds(adding, state(adding, level)) or 0.0 for level in (HOT, COLD)}
-    found = {"floor": alone[HOT]}
-    sweep = torch.zeros(EVICT_BYTES // 4)
+    alone = bench.seconds(adding, state(adding, HOT)) or 0.0
+    found = {"floor": alone}
     x, w = torch.ones(8, requires_grad=True), torch.ones(8)
 
     def chain() -> torch.Tensor:
@@ -39,10 +42,8 @@ def measure(bench: Bench, repeats: int = 15) -> dict[str, float]:
             y = y * w
         return y
 
-    per_call, _ = clock.median(chain, budget=0.01)
-    found["call"] = per_call / _CHAIN - alone[HOT]
-    found["call_cold"] = _after(lambda: sweep.add_(1.0), lambda: x * w, repeats) - alone[COLD]
-
+    per_call = clock.median(chain, budget=0.01)[0] / _CHAIN
+    found["call"] = per_call - alone
     scaled = _Scaled()
 
     def modules() -> torch.Tensor:
@@ -51,10 +52,7 @@ def measure(bench: Bench, repeats: int = 15) -> dict[str, float]:
             y = scaled(y)
         return y
 
-    found["module"] = clock.median(modules, budget=0.01)[0] / _CHAIN - per_call / _CHAIN
-    found["module_cold"] = (
-        _after(lambda: sweep.add_(1.0), lambda: scaled(x), repeats) - alone[COLD] - found["call_cold"]
-    )
+    found["module"] = max(0.0, clock.median(modules, budget=0.01)[0] / _CHAIN - per_call)
     flat = torch.ones(2, 4, requires_grad=True)
 
     def views() -> None:
@@ -62,23 +60,78 @@ def measure(bench: Bench, repeats: int = 15) -> dict[str, float]:
             flat.view(8)
 
     found["view"] = clock.median(views, budget=0.005)[0] / _CHAIN
-    found["view_cold"] = (
-        _after(lambda: sweep.add_(1.0), lambda: flat.view(8) * w, repeats) - alone[COLD] - found["call_cold"]
-    )
-
     backward = []
     for _ in range(repeats):
         y = chain().sum()
         began = time.perf_counter()
         y.backward()
         backward.append((time.perf_counter() - began) / _CHAIN)
-    found["backward"] = statistics.median(backward) - alone[HOT]
-    found["backward_cold"] = _cold_node(sweep, x, w, repeats) - alone[COLD]
-    found["inner"] = _composite() - alone[HOT]
-    found["optimizer"] = _optimizer(repeats) - alone[HOT]
-    for name in ("call", "module", "backward", "view"):
-        found[f"{name}_cold"] = max(found[f"{name}_cold"], found[name])
+    found["backward"] = statistics.median(backward) - alone
+    found["inner"] = _composite() - alone
+    found["optimizer"] = _optimizer(repeats) - alone
     return found
+
+
+class Reference(nn.Module):
+    """The step whose unexplained seconds are the cold code's: tables, norms, a gate, a softmax, views, residuals.
+
+    No product, for what they take would drown what is looked for.
+    """
+
+    def __init__(self, rows: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.tables = nn.ParameterList(torch.ones(rows, width) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.gates = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Softplus()) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for table, norm, gate in zip(self.tables, self.norms, self.gates, strict=True):
+            y = norm(x * table)
+            y = torch.softmax(gate(y), -1)
+            x = x + y.view(len(y), 4, -1).transpose(0, 1).reshape(y.shape)
+        return x.square().mean()
+
+
+def cold(bench: Bench, half: Calibration, rows: int, width: int, layers: int, repeats: int) -> dict[str, float]:
+    """``forward_cold``, ``backward_cold``, ``optimizer_cold``: seconds an op has more after a sweep of the cache."""
+    module, batch = Reference(rows, width, layers), torch.linspace(-1, 1, rows * width).view(rows, width)
+    ledger = step(Reference(rows, width, layers), batch, on="cpu", fold=False)
+    known: dict[str, float] = {}
+    places = placed(ledger, half.machine.cache_bytes)
+    before = _phases(module, batch, repeats)
+    for place in places:
+        key = signature(place.call, place.state)
+        if key not in known:
+            known[key] = bench.seconds(place.call, place.state) or 0.0
+    after = _phases(module, batch, repeats)
+    took = {phase: min(before[phase], after[phase]) for phase in before}  # what disturbs only ever adds
+    curves = Curves(half)
+    found = {}
+    for phase in took:
+        mine = [p for p in places if p.phase == phase]
+        swept = math.fsum(p.stream for p in mine)
+        explained = math.fsum(known[signature(p.call, p.state)] + curves.around(p) for p in mine)
+        found[f"{phase}_cold"] = max(0.0, (took[phase] - explained) / max(swept, 1.0))
+    return found
+
+
+def _phases(module: nn.Module, batch: torch.Tensor, repeats: int) -> dict[str, float]:
+    """Median seconds of forward, backward and optimizer of a step of ``module``."""
+    optimizer = torch.optim.AdamW(module.parameters(), foreach=False)
+    now = clock.long_clock()
+    times: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
+    for _ in range(repeats + 2):
+        marks = [now()]
+        loss = module(batch)
+        marks.append(now())
+        loss.backward()
+        marks.append(now())
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append(now())
+        for i, phase in enumerate(times):
+            times[phase].append(marks[i + 1] - marks[i])
+    return {phase: statistics.median(found[2:]) for phase, found in times.items()}
 
 
 class _Scaled(nn.Module):
@@ -90,28 +143,6 @@ class _Scaled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.w
-
-
-def _after(before: Callable[[], Any], run: Callable[[], Any], repeats: int) -> float:
-    return clock.median(run, before=before, fewest=repeats, budget=0.0)[0]
-
-
-def _cold_node(sweep: torch.Tensor, x: torch.Tensor, w: torch.Tensor, repeats: int) -> float:
-    """Seconds of one node in the engine, from the hook ahead of it to the hook ahead of the next, after a sweep."""
-    marks: list[float] = []
-
-    def ahead(_: Any) -> None:
-        marks.append(time.perf_counter())
-        sweep.add_(1.0)
-        marks.append(time.perf_counter())
-
-    y = x
-    for _ in range(repeats + 1):
-        y = y * w
-        assert y.grad_fn is not None
-        y.grad_fn.register_prehook(ahead)
-    y.sum().backward()
-    return statistics.median(marks[i + 1] - marks[i] for i in range(1, len(marks) - 1, 2))
 
 
 class _Count(TorchDispatchMode):

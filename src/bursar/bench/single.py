@@ -7,18 +7,20 @@ again. Large operands that come from afar take turns, so that they do.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from bursar.bench import clock
-from bursar.context import HOT, State, arguments, distinct, n_bytes, operands
+from bursar.context import FAR, HOT, State, arguments, distinct, n_bytes, operands
 from bursar.ledger import Call, Operand
 
 FAR_BYTES = 32 * 2**20  # operands take turns over this much, as far as the pool's cap allows
 MOST_COPIES = 16
 EVICT_BYTES = 4 * 2**20
+FRESH_BYTES = 2**25  # larger blocks come from the system each time
 MOST_BYTES = 2 * 2**30  # an op with larger operands is not benchmarked by itself
 
 
@@ -48,16 +50,21 @@ class Bench:
 
     def _run(self, op: Any, call: Call, state: State, total: int, budget: float) -> float:
         tensors = arguments(call)
-        far = any(state.inputs) and total > EVICT_BYTES // 16
-        copies = min(MOST_COPIES, max(1, FAR_BYTES // max(total, 1))) if far else 1
-        cold = {s for (s, _), level in zip(distinct(tensors), state.inputs, strict=False) if level != HOT}
+        level = dict(zip((s for s, _ in distinct(tensors)), state.inputs, strict=False))
+        if state.code == HOT:  # no sweep then: what is not in the core's cache has to be reached by turns
+            level = {s: FAR if at else HOT for s, at in level.items()}
+        cold = {s for s, at in level.items() if at == FAR}
+        copies = min(MOST_COPIES, max(1, FAR_BYTES // max(total, 1))) if cold and total > EVICT_BYTES // 16 else 1
         shared: dict[Any, torch.Tensor] = {}
-        sets = [self._filled(op, call, {} if i else shared, shared, cold) for i in range(copies)]
+        sets = [self._filled(op, call, {} if i else shared, shared, level) for i in range(copies)]
         op = _made_ready(op, call, sets)
         turns = itertools.cycle(sets)
         now: list[Any] = [None]
         warm_output = state.output == HOT and call.outputs
-        quiet = state.code == HOT and not any(state.inputs)
+        quiet = state.code == HOT
+        made = max((n_bytes(o) for o in call.outputs), default=0)
+        kept = min(MOST_COPIES, FAR_BYTES // made) if state.output == FAR and FRESH_BYTES > made >= 2**16 else 0
+        ring: deque[Any] = deque(maxlen=kept)  # outputs held so long that the next one's block was touched long ago
 
         def before() -> None:
             now[0] = args, kwargs, hot = next(turns)
@@ -71,16 +78,19 @@ class Bench:
                     torch.empty(out.shape, dtype=getattr(torch, out.dtype)).zero_()
 
         def run() -> None:
-            op(*now[0][0], **now[0][1])
+            out = op(*now[0][0], **now[0][1])
+            if kept:
+                ring.append(out)
 
-        found, spread = clock.median(run, before=before, budget=budget, warm=2 if copies == 1 else min(copies, 3))
+        warm = max(kept + 2 if kept else 2, min(copies, 3))
+        found, spread = clock.median(run, before=before, budget=budget, warm=warm)
         self.spreads.append(spread)
         return found
 
     def _filled(
-        self, op: Any, call: Call, own: dict[Any, torch.Tensor], shared: dict[Any, torch.Tensor], cold: set[int]
+        self, op: Any, call: Call, own: dict[Any, torch.Tensor], shared: dict[Any, torch.Tensor], level: dict[int, int]
     ) -> tuple[tuple[Any, ...], dict[str, Any], list[torch.Tensor]]:
-        """Arguments made real: hot storages are those of ``shared``, cold ones of this set's own."""
+        """Arguments made real: storages that are far are of this set's own, the others those of ``shared``."""
         names = [a.name for a in op._schema.arguments]
         limits = _limits(call, names)
         hot: list[torch.Tensor] = []
@@ -93,13 +103,13 @@ class Bench:
             if isinstance(value, Operand):
                 i = next(numbers)
                 key = value.storage if value.storage >= 0 else -1 - i
-                where = own if key in cold else shared
+                where = own if level.get(key) == FAR else shared
                 size = max(_extent(t) for t in by_storage[key])
                 base = where.get((key, value.dtype))
                 if base is None:
                     base = where[(key, value.dtype)] = self._values(size, value.dtype, limit)
                 made = base.as_strided(value.shape, value.stride)
-                if key not in cold:
+                if level.get(key) == HOT:
                     hot.append(made)
                 return made
             if isinstance(value, tuple):

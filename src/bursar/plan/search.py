@@ -12,8 +12,10 @@ of it is arithmetic on arrays, a group of layouts at a time.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -29,6 +31,7 @@ from bursar.step_time import step_time
 from bursar.units import SECONDS_PER_DAY, format_bytes, format_count, format_usd
 
 Array = Any
+Entry = tuple[float, float, Job, int]  # what it is ranked by, bytes, and where it stands: a job and its row
 
 AXES: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "reshard_after_forward", "sequence_parallel",
                "virtual_stages", "micro_batch", "micro_batches")  # fmt: skip
@@ -50,6 +53,7 @@ NO_BLOCKS = "every k blocks needs k blocks on a stage"
 NO_MEMORY = "does not fit in memory"
 NO_MONEY = "over the budget"
 NO_TIME = "takes longer than the days given"
+_THREADS: Final = 4
 _MOST_CHUNKS: Final = 16  # virtual stages of one rank
 _MOST_TRIED: Final = 2048  # accelerators, in looking for a number on which something fits
 _SLACK: Final = 1 / 8  # a batch is rounded to the nearest that divides, up to this share of it
@@ -439,57 +443,72 @@ def _on(
     space = enumerate_layouts(question, cluster.count)
     ways, rejected = question.ways, Counter({why: n * question.ways for why, n in space.rejected.items()})
     searched = space.searched * ways
-    usable = cluster.accelerator.usable_bytes
-    rate = price_of(cluster.accelerator, question.usd_per_gpu_hour)
-    best: list[tuple[float, float, Job, int]] = []
+    best: list[Entry] = []
     least: tuple[float, str] | None = None
     seen = 0
-    for job, rows in _jobs(question, space.columns):
-        seen += len(rows)
-        blocks = question.model.n_layers / np.asarray(job.layout.pp)
-        short = np.asarray(blocks < job.recompute_every)
-        rejected[NO_BLOCKS] += int(np.count_nonzero(short))
-        keep = np.flatnonzero(~short)
-        if not len(keep):
-            continue
-        job = _some(job, keep)
-        device = np.broadcast_to(rank_memory(job, cluster).device_bytes, keep.shape)
-        at = int(np.argmin(device))
-        if least is None or device[at] < least[0]:
-            least = (float(device[at]), f"{_words(one(job, at))} on {cluster.name}")
-        fits = device <= usable
-        rejected[NO_MEMORY] += int(np.count_nonzero(~fits))
-        keep = np.flatnonzero(fits)
-        if not len(keep):
-            continue
-        job, device = _some(job, keep), device[keep]
-        seconds = np.broadcast_to(step_time(job, cluster).seconds, keep.shape)
-        good = np.ones(len(keep), dtype=bool)
-        per_token = seconds / np.asarray(job.tokens)
-        if question.tokens is not None:
-            run = np.ceil(question.tokens / np.asarray(job.tokens)) * seconds
-            for why, bad in (
-                (NO_TIME, run > (question.days or math.inf) * SECONDS_PER_DAY),
-                (NO_MONEY, cluster.count * run / 3600 * (rate or 0.0) > (question.budget_usd or math.inf)),
-            ):
-                rejected[why] += int(np.count_nonzero(bad & good))
-                good &= ~bad
-        rank = device if by == "memory" else per_token
-        rank = np.where(good, rank, np.inf)
-        order = np.lexsort((device, _significant(rank)))
-        if distinct:
-            order = order[np.sort(np.unique(_division(job)[order], return_index=True)[1])]
-        order = order[:top]
-        best += [(float(rank[i]), float(device[i]), job, int(i)) for i in order if np.isfinite(rank[i])]
+
+    def priced_group(group: tuple[Job, Array]) -> tuple[int, Counter[str], tuple[float, str] | None, list[Entry]]:
+        return len(group[1]), *_group(question, cluster, by, top, distinct, group[0])
+
+    # NumPy lets go of the interpreter in its loops; the order of the answers is the groups', whoever is first
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for n, reasons, found, entries in pool.map(priced_group, _jobs(question, space.columns)):
+            seen += n
+            rejected.update(reasons)
+            if found is not None and (least is None or found < least):
+                least = found
+            best += entries
     searched += (seen - len(space.columns["dp"]) * ways) if seen else 0  # further schedules of the same layouts
     best.sort(key=lambda entry: (entry[0], entry[1]))
     if distinct:
-        seen_divisions: dict[int, tuple[float, float, Job, int]] = {}
+        seen_divisions: dict[int, Entry] = {}
         for entry in best:
             seen_divisions.setdefault(int(_division(entry[2])[entry[3]]), entry)
         best = list(seen_divisions.values())
     kept = [priced(question, one(job, row), cluster) for _, _, job, row in best[:top]]
     return searched, Counter({why: n for why, n in rejected.items() if n}), kept, least
+
+
+def _group(
+    question: Question, cluster: Cluster, by: str, top: int, distinct: bool, job: Job
+) -> tuple[Counter[str], tuple[float, str] | None, list[Entry]]:
+    """The layouts of one job: why some are rejected, the least memory any needs, the best of the rest."""
+    rejected = Counter[str]()
+    short = question.model.n_layers / np.asarray(job.layout.pp) < job.recompute_every
+    rejected[NO_BLOCKS] += int(np.count_nonzero(short))
+    keep = np.flatnonzero(~short)
+    if not len(keep):
+        return rejected, None, []
+    job = _some(job, keep)
+    device = np.broadcast_to(rank_memory(job, cluster).device_bytes, keep.shape)
+    at = int(np.argmin(device))
+    least = (float(device[at]), f"{_words(one(job, at))} on {cluster.name}")
+    fits = device <= cluster.accelerator.usable_bytes
+    rejected[NO_MEMORY] += int(np.count_nonzero(~fits))
+    keep = np.flatnonzero(fits)
+    if not len(keep):
+        return rejected, least, []
+    job, device = _some(job, keep), device[keep]
+    seconds = np.broadcast_to(step_time(job, cluster).seconds, keep.shape)
+    good = np.ones(len(keep), dtype=bool)
+    if question.tokens is not None:
+        run = np.ceil(question.tokens / np.asarray(job.tokens)) * seconds
+        rate = price_of(cluster.accelerator, question.usd_per_gpu_hour) or 0.0
+        for reason, bad in (
+            (NO_TIME, run > (question.days or math.inf) * SECONDS_PER_DAY),
+            (NO_MONEY, cluster.count * run / 3600 * rate > (question.budget_usd or math.inf)),
+        ):
+            rejected[reason] += int(np.count_nonzero(bad & good))
+            good &= ~bad
+    rank = np.where(good, device if by == "memory" else seconds / np.asarray(job.tokens), np.inf)
+    order = np.lexsort((device, _significant(rank)))
+    if distinct:
+        order = order[np.sort(np.unique(_division(job)[order], return_index=True)[1])]
+    return (
+        rejected,
+        least,
+        [(float(rank[i]), float(device[i]), job, int(i)) for i in order[:top] if np.isfinite(rank[i])],
+    )
 
 
 def _some(job: Job, rows: Any) -> Job:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
+
 from bursar.errors import UnknownName
 from bursar.trace.scratch import HOW
 from bursar.trace.session import Session
@@ -15,8 +17,8 @@ def tracing(on: str | None = None, *, scratch: str = "asked") -> Iterator[Sessio
     """Record what the code inside costs; nothing real is allocated in here and ``"cuda"`` means the fake accelerator.
 
     ``on`` is a catalogue name, checked at once, ``"cpu"`` for the ops and memory of the CPU backend, or ``"local"``
-    for this machine's; without it the ops are a GPU's. Afterwards ``session.ledger`` is the block's last optimizer step, earlier ones being warm-up; with
-    no optimizer step, the whole block.
+    for this machine's; without it the ops are a GPU's. Afterwards ``session.ledger`` is the block's last optimizer
+    step, earlier ones being warm-up; with no optimizer step, the whole block.
 
     ``scratch`` says where, on the CPU backend, what a kernel takes for itself comes from: ``"asked"``, a kernel of
     oneDNN's called once on real zeros of its shapes, where that is no large call; ``"formula"``; or ``"none"``.

@@ -1,0 +1,8 @@
+"""No test reads or writes what the user's own machine has measured."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("BURSAR_DATA", str(tmp_path / "bursar-data"))
