@@ -68,6 +68,8 @@ def test_axe_finds_nothing_serious(browser, page, name, width, scheme):
             closed.evaluate("element => { element.open = true }")
         assert violations(seen.page, ("serious", "critical", "moderate")) == []
         assert seen.page.evaluate("document.documentElement.scrollWidth") == WIDTHS[width]
+        heads = seen.page.locator("tbody th:visible").evaluate_all("cells => cells.map(cell => cell.clientWidth)")
+        assert min(heads, default=99) >= 60  # no column is squeezed to a letter
 
 
 def test_a_moved_slider_is_answered_in_place_and_the_address_follows(browser, page):
