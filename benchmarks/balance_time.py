@@ -131,13 +131,14 @@ def table(machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         f"{datetime.date.today()}, {machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread(s), "
         f"torch {machine['torch']}, Python {machine['python']}; "
         + ("the thread's CPU time." if machine["clock"] == "cpu" else "wall time."),
-        f"`bursar bench` took {machine['seconds']:.0f} s; best fp32 product {machine['fp32'] / 1e9:.1f} GFLOP/s; canaries after "
-        f"over before {machine['drift']:.2f}.",
+        f"`bursar bench` took {machine['seconds']:.0f} s; best fp32 product {machine['fp32'] / 1e9:.1f} GFLOP/s; "
+        f"canaries after over before {machine['drift']:.2f}.",
         "",
-        "Each forecast was saved by a process that never ran the step; `python benchmarks/balance_time.py` writes this page.",
-        "Error is (forecast − measured) / measured. Benchmarked: ops not met before are each run once by themselves. Curves:",
-        "`bursar bench` alone. Roofline: best product and copy of this machine. Spread: half the quartile range of the steps.",
-        "Canary: the worst ratio of a fixed product or pass over memory beside that workload; over 1.15 the machine was busy.",
+        "Each forecast was saved by a process that never ran the step; `python benchmarks/balance_time.py` writes this",
+        "page. Error is (forecast − measured) / measured. Benchmarked: ops not met before are each run once by",
+        "themselves. Curves: `bursar bench` alone. Roofline: best product and copy of this machine. Spread: half the",
+        "quartile range of the steps. Canary: the worst ratio of a fixed product or pass over memory beside that",
+        "workload; over 1.15 the machine was busy.",
         "",
         "| workload | ops | measured | spread | benchmarked | curves | roofline | 80 % interval | canary |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -152,8 +153,8 @@ def table(machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     mean = {k: statistics.fmean(map(abs, v)) for k, v in errors.items()}
     worst = {k: max(v, key=abs) for k, v in errors.items()}
     lines += [
-        f"| **mean absolute** | | | | **{mean['benchmarked']:.1%}** | **{mean['curves']:.1%}** | **{mean['roofline']:.1%}** "
-        f"| {inside} of {len(found)} | {quiet:.2f} |",
+        f"| **mean absolute** | | | | **{mean['benchmarked']:.1%}** | **{mean['curves']:.1%}** | "
+        f"**{mean['roofline']:.1%}** | {inside} of {len(found)} | {quiet:.2f} |",
         f"| worst | | | | {worst['benchmarked']:+.1%} | {worst['curves']:+.1%} | {worst['roofline']:+.1%} | | |",
         "",
         "The goal is a mean of 10 % and none over 25 %, benchmarked, with the canary quiet.",
@@ -182,11 +183,10 @@ def main() -> None:
             took = in_process("measure", name)
             found[name] = {**ahead, **took, "forecast_canary": ahead["canary"]}
             f = found[name]
-            print(f"{name:20s} {f['seconds'] * 1e3:7.1f} ms ±{f['spread']:.0%}  bench {f['benchmarked'] / f['seconds'] - 1:+.1%}  "
-                  f"curves {f['curves'] / f['seconds'] - 1:+.1%}  roof {f['roofline'] / f['seconds'] - 1:+.1%}  canaries "
-                  f"{ahead['canary']:.2f} {took['canary']:.2f} levels {[round(x, 2) for x in ahead['levels']]} "
-                  f"{[round(x / y, 2) for x, y in zip(took['levels'], machine['canary'].values(), strict=True)]} {took['busy']}",
-                  file=sys.stderr)  # fmt: skip
+            errors = "  ".join(f"{k} {f[k] / f['seconds'] - 1:+.1%}" for k in ("benchmarked", "curves", "roofline"))
+            levels = [round(x / y, 2) for x, y in zip(took["levels"], machine["canary"].values(), strict=True)]
+            print(f"{name}: {f['seconds'] * 1e3:.1f} ms  {errors}  canaries {ahead['canary']:.2f} {took['canary']:.2f} "
+                  f"against the calibration's {levels}; {took['busy']}", file=sys.stderr)  # fmt: skip
     page = table(machine, found)
     sys.stdout.write(page)
     if arguments.write:

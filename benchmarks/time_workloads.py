@@ -18,6 +18,7 @@ class Recurrent(nn.Module):
         self.cells: Any = cell(width, width, layers, batch_first=True)  # type: ignore[call-arg]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The loss."""
         logits = self.head(self.cells(self.embed(ids))[0])
         return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
@@ -31,6 +32,7 @@ class ConvNeXtBlock(nn.Module):
         self.up, self.down, self.scale = nn.Linear(d, 4 * d), nn.Linear(4 * d, d), nn.Parameter(torch.ones(d))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The same shape."""
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
         return x + (self.scale * self.down(F.gelu(self.up(y)))).permute(0, 3, 1, 2)
 
@@ -48,6 +50,7 @@ class ConvNeXt(nn.Module):
         self.body, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The loss."""
         return F.cross_entropy(self.head(self.body(x).mean((2, 3))), torch.arange(len(x)) % 10)
 
 
@@ -68,6 +71,7 @@ class UNet(nn.Module):
         self.up2, self.up1, self.out = _twice(4 * d, 2 * d), _twice(2 * d, d), nn.Conv2d(d, 3, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The loss."""
         a = self.down1(x)
         b = self.down2(F.max_pool2d(a, 2))
         c = self.middle(F.max_pool2d(b, 2))
@@ -83,23 +87,27 @@ class Experts(nn.Module):
         self.embed, self.head = nn.Embedding(vocabulary, d), nn.Linear(d, vocabulary, bias=False)
         self.layers = nn.ModuleList(
             nn.ModuleDict({
-                "norm": nn.LayerNorm(d), "qkv": nn.Linear(d, 3 * d), "out": nn.Linear(d, d), "router": nn.Linear(d, experts),
-                "experts": nn.ModuleList(nn.Sequential(nn.Linear(d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d)) for _ in range(experts)),
+                "norm": nn.LayerNorm(d), "qkv": nn.Linear(d, 3 * d), "out": nn.Linear(d, d),
+                "router": nn.Linear(d, experts),
+                "experts": nn.ModuleList(
+                    nn.Sequential(nn.Linear(d, 2 * d), nn.SiLU(), nn.Linear(2 * d, d)) for _ in range(experts)
+                ),
             })
             for _ in range(layers)
         )  # fmt: skip
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The loss."""
         x = self.embed(ids)
         b, s, d = x.shape
         for layer in self.layers:
             q, k, v = layer["qkv"](layer["norm"](x)).view(b, s, 3, 4, d // 4).permute(2, 0, 3, 1, 4)
-            x = x + layer["out"](
-                F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, s, d)
-            )
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + layer["out"](y.transpose(1, 2).reshape(b, s, d))
             weights = layer["router"](x).softmax(-1)
-            parts = [e(t) * w[..., :1] for e, t, w in zip(layer["experts"], x.chunk(len(layer["experts"]), 1),
-                                                          weights.chunk(len(layer["experts"]), 1), strict=True)]  # fmt: skip
+            n = len(layer["experts"])
+            shares = zip(layer["experts"], x.chunk(n, 1), weights.chunk(n, 1), strict=True)
+            parts = [expert(tokens) * share[..., :1] for expert, tokens, share in shares]
             x = x + torch.cat(parts, 1)
         return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 

@@ -191,12 +191,10 @@ def test_past_its_budget_the_rest_stays_with_the_curves(kept):
 def test_a_ledger_prices_itself_on_local(kept):
     step = bursar.step(torch.nn.Linear(4, 4), torch.ones(2, 4), on="local")
     assert step.on("local").seconds == pytest.approx(pricing.price(step, kept).forecast.seconds)
+    torch.set_num_threads(2)
     with pytest.raises(NotCalibrated, match="threads"):
-        torch.set_num_threads(2)
-        try:
-            step.on("local")
-        finally:
-            torch.set_num_threads(1)
+        step.on("local")
+    torch.set_num_threads(1)
 
 
 # ---- both books

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import warnings
 
 import pytest
@@ -169,6 +171,19 @@ def test_a_run_that_is_interrupted_prints_its_summary(capsys):
     err = capsys.readouterr().err
     assert "3 steps metered" in err
     assert "no MFU: the meter was given no ledger" in err
+
+
+def test_a_run_killed_with_sigint_prints_its_summary(capsys):
+    clock = Clock()
+
+    def killed():
+        yield from [1, 1, 1]
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from [1] * 1000
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Meter(None, clock=clock), clock, killed())
+    assert "2 steps metered" in capsys.readouterr().err
 
 
 def test_only_rank_0_reports_and_tokens_are_the_whole_jobs(monkeypatch):

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bursar import store
 from bursar.calibration import Calibration, Point
 from bursar.context import Placed, arguments, n_bytes, placed, signature
-from bursar import store
 from bursar.errors import BadInput
 from bursar.hardware import Accelerator, Cluster
 from bursar.ledger import Call, Ledger, Operand, Row
@@ -234,7 +234,7 @@ class Curves:
         length = tensors[0].shape[-2] if tensors and len(tensors[0].shape) > 1 else 1
         full = row.work.full_square_flops or row.work.flops
         done = row.work.flops + row.work.recompute_flops
-        return done / between([p for p in points], length) if full else 0.0
+        return done / between(points, length) if full else 0.0
 
     def _named(self, row: Row, call: Call, name: str, cold: float) -> float | None:
         tensors = arguments(call)

@@ -68,7 +68,7 @@ class Measured:
         return sum(s for s in self.rows if s is not None)
 
     def ops(self, ledger: Ledger) -> polars.DataFrame:
-        """The measured ledger: ``ledger``'s table with ``seconds``, ``span_seconds`` and ``measured_bytes`` of each op."""
+        """The measured ledger: ``ledger``'s table with ``seconds``, ``span_seconds`` and ``measured_bytes`` of ops."""
         import polars as pl
 
         none = [None] * len(ledger)

@@ -51,7 +51,7 @@ def prepared() -> Iterator[None]:
     random = torch.get_rng_state()
     try:
         torch.set_flush_denormal(True)
-        # A large block freed once makes the C library keep freed memory, as a training process has it after its first step
+        # A large block freed once makes the C library keep what is freed, as it does after a training step
         del_me = torch.empty(2**23 - 2**16)
         del del_me
         yield
@@ -152,7 +152,7 @@ def priced(ledger: Ledger, *, benchmark: bool = True, say: Say = lambda text: No
 
 
 def learn(model: str, forecast: Priced, measured: Measured) -> None:
-    """Keep what was forecast and what was measured, for the next forecast's interval. A busy machine teaches nothing."""
+    """Keep what was forecast and measured, for the next forecast's interval. A busy machine teaches nothing."""
     if not measured.busy:
         took = measured.by(forecast.expected.clock)
         store.record(store.load(here()), model, forecast.forecast.seconds, took, forecast.benchmarked > 0)

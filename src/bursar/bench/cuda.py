@@ -1,3 +1,4 @@
+# ruff: noqa: B023  (every closure here has run before its loop goes on)
 """A CUDA device measured: products, attention, bandwidth, the launch of a kernel and of a graph.
 
 Times are those between two events in the stream, so nothing here waits for the host. Where no CUDA device is, nothing
@@ -45,7 +46,7 @@ def matmul(dtype: str, sizes: tuple[int, ...] = SIZES) -> dict[str, tuple[Point,
                 a = torch.randn(k, m, device="cuda").t() if layout[0] == "T" else torch.randn(m, k, device="cuda")
                 b = torch.randn(n, k, device="cuda").t() if layout[1] == "T" else torch.randn(k, n, device="cuda")
                 a, b = a.to(DTYPES[dtype]), b.to(DTYPES[dtype])
-                points.append((m, n, k, seconds(lambda: a @ b)))  # noqa: B023
+                points.append((m, n, k, seconds(lambda: a @ b)))
             found[layout] = tuple(points)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = was
@@ -60,13 +61,13 @@ def attention(dtype: str, lengths: tuple[int, ...] = (512, 1024, 2048, 4096)) ->
         q, k, v = (torch.randn(b, h, s, d, device="cuda", dtype=DTYPES[dtype], requires_grad=True) for _ in range(3))
 
         def forward() -> torch.Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: B023
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
         pairs = b * h * d * s * (s + 1) // 2
         found["forward"].append((s, 4 * pairs / seconds(forward)))
         out = forward()
         gradient = torch.randn_like(out)
-        took = seconds(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True))  # noqa: B023
+        took = seconds(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True))
         found["backward"].append((s, 8 * pairs / took))
     return {way: tuple(points) for way, points in found.items()}
 
@@ -78,8 +79,8 @@ def bandwidth(most_bytes: int = 2**31) -> dict[str, tuple[Point, ...]]:
     while size <= most_bytes:
         x, y = torch.ones(size // 4, device="cuda"), torch.ones(size // 4, device="cuda")
         found["read"].append((size, size / seconds(x.sum)))
-        found["write"].append((size, size / seconds(lambda: x.fill_(1.0))))  # noqa: B023
-        found["copy"].append((size, 2 * size / seconds(lambda: y.copy_(x))))  # noqa: B023
+        found["write"].append((size, size / seconds(lambda: x.fill_(1.0))))
+        found["copy"].append((size, 2 * size / seconds(lambda: y.copy_(x))))
         size *= 8
     return {name: tuple(points) for name, points in found.items()}
 

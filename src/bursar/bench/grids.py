@@ -1,4 +1,5 @@
-"""What is measured for the curves: products, attention, convolutions, ops by name, bandwidth. Each a handful of calls."""
+# ruff: noqa: B023  (every closure here has run before its loop goes on)
+"""What is measured for the curves: products, attention, convolutions, ops by name, bandwidth."""
 
 from __future__ import annotations
 
@@ -44,8 +45,7 @@ def call(op: str, *args: Any, out: tuple[Operand, ...] = (), **kwargs: Any) -> C
         return tuple(map(own, value)) if isinstance(value, tuple) else value
 
     name = op if "." in op else f"{op}.default"
-    made = Call(f"aten.{name}", tuple(map(own, args)), tuple((k, own(v)) for k, v in kwargs.items()), out, 0, 0)
-    return made
+    return Call(f"aten.{name}", tuple(map(own, args)), tuple((k, own(v)) for k, v in kwargs.items()), out, 0, 0)
 
 
 def state(made: Call, level: int) -> State:
@@ -87,7 +87,7 @@ def attention(dtype: str, lengths: tuple[int, ...]) -> dict[str, tuple[Point, ..
             ("backward", 10, lambda: aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 gradient, q, k, v, out, lse, 0.0, True)),
         ):  # fmt: skip
-            seconds, _ = clock.median(run)  # noqa: B023
+            seconds, _ = clock.median(run)
             found[way].append((s, flops * pairs * d * b * h / seconds))
     return {way: tuple(points) for way, points in found.items()}
 
@@ -165,12 +165,13 @@ def named(rows: int, dtype: str) -> Iterator[tuple[str, Call]]:
         "native_batch_norm",
         call("native_batch_norm", images, channels, channels, channels, channels, True, 0.1, 1e-5, out=out),
     )
-    yield ("native_batch_norm_backward", call("native_batch_norm_backward", images, images, channels, channels, channels,
-                                              channels, channels, True, 1e-5, (True, True, True), out=out))  # fmt: skip
+    mask = (True, True, True)
+    yield ("native_batch_norm_backward", call("native_batch_norm_backward", images, images, *[channels] * 5, True, 1e-5,
+                                              mask, out=out))  # fmt: skip
     n = rows // 8
     yield "native_group_norm", call("native_group_norm", images, channels, channels, n, 64, 64, 8, 1e-5, out=out)
-    yield ("native_group_norm_backward", call("native_group_norm_backward", images, images, t(n, 8), t(n, 8), channels, n,
-                                              64, 64, 8, (True, True, True), out=out))  # fmt: skip
+    yield ("native_group_norm_backward", call("native_group_norm_backward", images, images, t(n, 8), t(n, 8), channels,
+                                              n, 64, 64, 8, mask, out=out))  # fmt: skip
     halved = t(rows // 8, 64, 4, 4)._replace(storage=-1)
     yield "max_pool2d_with_indices", call("max_pool2d_with_indices", images, (2, 2), out=(halved,))
     yield "avg_pool2d", call("avg_pool2d", images, (2, 2), out=(halved,))
@@ -203,7 +204,7 @@ def bandwidth(most_bytes: int) -> dict[str, tuple[Point, ...]]:
             ("read", size, x.sum), ("write", size, lambda: x.fill_(1.0)), ("copy", 2 * size, lambda: y.copy_(x)),
         ]  # fmt: skip
         if size > 2**25:  # the C library takes larger blocks from the system each time
-            runs.append(("fresh", size, lambda: torch.empty(size // 4).fill_(1.0)))  # noqa: B023
+            runs.append(("fresh", size, lambda: torch.empty(size // 4).fill_(1.0)))
         for name, moved, run in runs:
             repeats = max(1, 2**18 // size)
 

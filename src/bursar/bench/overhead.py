@@ -85,6 +85,7 @@ class Reference(nn.Module):
         self.gates = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Softplus()) for _ in range(layers))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Its work."""
         for table, norm, gate in zip(self.tables, self.norms, self.gates, strict=True):
             y = norm(x * table)
             y = torch.softmax(gate(y), -1)
@@ -142,6 +143,7 @@ class _Scaled(nn.Module):
         self.w = nn.Parameter(torch.ones(8), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Its work."""
         return x * self.w
 
 

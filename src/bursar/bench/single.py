@@ -67,10 +67,10 @@ class Bench:
         ring: deque[Any] = deque(maxlen=kept)  # outputs held so long that the next one's block was touched long ago
 
         def before() -> None:
-            now[0] = args, kwargs, hot = next(turns)
+            now[0] = next(turns)
             if not quiet:
                 self._evict.add_(1.0)
-            for tensor in hot:
+            for tensor in now[0][2]:
                 if tensor.numel() < 2**19:
                     tensor.sum() if tensor.is_floating_point() else tensor.max()
             if warm_output:

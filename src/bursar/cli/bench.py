@@ -15,7 +15,7 @@ def bench(
     quick: Annotated[bool, Parameter(negative=())] = False,
     json: common.Json = False,
 ) -> None:
-    """Measure this machine in under a minute: products, attention, convolution, bandwidth, overhead. Kept for --on local.
+    """Measure this machine: products, attention, convolution, bandwidth, overhead; kept for --on local.
 
     Take a quiet machine: what slows the measuring down slows every forecast. OMP_NUM_THREADS sets the threads, and a
     calibration holds for that number of threads alone.

@@ -63,8 +63,8 @@ def render(found: Calibration, path: Path, *, curves: bool = False) -> Iterator[
     )
     over = mfu(found) or {}
     rows = [
-        (f"matmul {dtype}", format_rate(best, "FLOP"), f"MFU {format_share(over[dtype])}" if dtype in over else "best of "
-         f"{sum(map(len, by_layout.values()))} shapes")
+        (f"matmul {dtype}", format_rate(best, "FLOP"),
+         f"MFU {format_share(over[dtype])}" if dtype in over else f"best of {sum(map(len, by_layout.values()))} shapes")
         for dtype, by_layout in found.matmul.items() if (best := found.best(dtype))
     ]  # fmt: skip
     for dtype, by_way in found.attention.items():
@@ -79,8 +79,8 @@ def render(found: Calibration, path: Path, *, curves: bool = False) -> Iterator[
              for name, s in found.overhead.items()]  # fmt: skip
     rows += [(f"launch of a {name.replace('_', ' ')}", format_seconds(s), "") for name, s in found.launch.items()]
     yield table("", ("", "measured", ""), rows)
-    yield note(f"Took {format_seconds(found.seconds)}; repeats of a point spread by {found.spread:.1%} about the median; "
-               f"canaries after over before {found.drift:.2f}.")  # fmt: skip
+    yield note(f"Took {format_seconds(found.seconds)}; repeats of a point spread by {found.spread:.1%} about the "
+               f"median; canaries after over before {found.drift:.2f}.")  # fmt: skip
     yield note(f"Not to be trusted: {found.busy}." if found.busy else "The machine was quiet.")
     if not over:
         yield note("No peak is published for this device: MFU on it is against the best product measured.")
