@@ -86,7 +86,7 @@ def _legend(board: Scoreboard) -> list[str]:
     return [
         "MAPE: mean absolute error; bias: mean signed error, forecast over measured; ≤10 %: share of rows so close.",
         "w. skip: MAPE where a row that could be scored and was not counts as 100 %.",
-        "Winkler: the interval's width and ten times what a run lies outside of it, over the measured figure; the mean.",
+        "Winkler: the interval's width plus ten times what a run lies outside it, over the measured figure.",
         "scaled: MAPE after one scale per GPU type fitted on the other tables; floor: one constant HFU per GPU type, "
         "likewise.",
         f"in 80 %: share of rows inside the 80 % interval learned from the other tables; over all rows {inside}.",
