@@ -29,7 +29,7 @@ SOURCE = Path(bursar.__file__).parent
 
 # Section, then titles with the page in the repository, or with what makes the page.
 NAV: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
-    ("", (("Start in five minutes", "docs/index.md"),)),
+    ("", (("Start in five minutes", "docs/index.md"), ("The same as a notebook", "docs/tutorial.ipynb"))),
     (
         "Chapters",
         (
@@ -51,6 +51,8 @@ NAV: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("Add an optimizer", "docs/howto/optimizer.md"),
             ("Gate a pull request", "docs/ci.md"),
             ("Meter a loop", "docs/howto/meter.md"),
+            ("Ask on a page", "docs/howto/page.md"),
+            ("Calibrate this machine", "docs/howto/bench.md"),
         ),
     ),
     (
@@ -63,6 +65,7 @@ NAV: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("Python: catalogues", "reference:catalogues"),
             ("Python: the ledger", "reference:ledger"),
             ("Python: prices", "reference:prices"),
+            ("Python: planning", "reference:planning"),
             ("Python: measuring", "reference:measuring"),
         ),
     ),
@@ -74,6 +77,7 @@ NAV: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("Counters", "benchmarks/counters.md"),
             ("Architectures", "benchmarks/architectures.md"),
             ("torch's op database", "benchmarks/op_database.md"),
+            ("The page under load", "benchmarks/ui.md"),
         ),
     ),
     (
@@ -90,9 +94,10 @@ LATER = {"docs/scoreboard.md"}  # written by `bursar validate`; its entry stands
 # The public modules, by page; `bursar` itself stands for its `__all__`.
 PUBLIC: dict[str, tuple[str, ...]] = {
     "bursar": ("bursar", "bursar.errors"),
-    "catalogues": ("bursar.hardware", "bursar.architecture", "bursar.optimizers", "bursar.jobs", "bursar.frameworks"),
+    "catalogues": ("bursar.hardware", "bursar.architecture", "bursar.optimizers"),
     "ledger": ("bursar.ledger", "bursar.memory", "bursar.rules", "bursar.report.record"),
     "prices": ("bursar.roofline", "bursar.network", "bursar.operation", "bursar.run", "bursar.units"),
+    "planning": ("bursar.jobs", "bursar.frameworks", "bursar.step_time", "bursar.rank_memory", "bursar.schedule"),
     "measuring": ("bursar.meter.live", "bursar.meter.adapters", "bursar.reconcile", "bursar.probe"),
 }
 
@@ -119,6 +124,7 @@ def place(page: str) -> str:
     """Where a page or a file of the repository stands in the site's source."""
     if page.startswith("reference:"):
         return f"reference/{page.removeprefix('reference:')}.md"
+    page = page.replace(".ipynb", ".md")
     return page.removeprefix("docs/") if page.startswith("docs/") else page.replace("CHANGELOG.md", "changelog.md")
 
 
@@ -157,6 +163,23 @@ def dialect(text: str, page: str) -> tuple[str, set[str]]:
     return "\n".join(lines), linked
 
 
+def notebook(text: str) -> str:
+    """An executed notebook as Markdown: cells, and under each what it printed or the page it made of itself."""
+    parts: list[str] = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "text/html" in data:
+                markup = " ".join("".join(data["text/html"]).split())  # an empty line would end the block
+                parts.append(f"<div>{markup}</div>")
+            else:
+                shown = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+                parts.append(f"```text\n{shown}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 # ---- the reference
 
 
@@ -179,7 +202,7 @@ def docstring(node: ast.AST) -> str:
 
 def signature(node: ast.FunctionDef, name: str) -> str:
     """``name(arguments) -> result`` on one line, or an argument a line where it is long."""
-    arguments = ast.unparse(node.args)
+    arguments = ast.unparse(node.args).removeprefix("self").removeprefix(", ")
     result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     line = f"{name}({arguments}){result}"
     if len(line) <= 88:
@@ -208,7 +231,7 @@ def split_arguments(arguments: str) -> list[str]:
 def fields(node: ast.ClassDef, source: list[str]) -> str:
     """The annotated attributes of a class as they are written, comments with their units included."""
     found = [source[n.lineno - 1 : n.end_lineno] for n in node.body if isinstance(n, ast.AnnAssign)]
-    return "\n".join(line for lines in found for line in lines)
+    return "\n".join(line.removeprefix("    ") for lines in found for line in lines)
 
 
 def decorated(node: ast.FunctionDef, name: str) -> bool:
@@ -223,9 +246,9 @@ def entry(node: ast.FunctionDef | ast.ClassDef, source: list[str], name: str) ->
     parts = [f"### {name}", docstring(node), f"```python\n{shown}\n```" if shown else ""]
     for part in node.body:
         if isinstance(part, ast.FunctionDef) and not part.name.startswith("_") and not decorated(part, "setter"):
-            head = part.name if decorated(part, "property") else signature(part, part.name).replace("self, ", "", 1)
-            parts.append(f"`{name}.{head.replace('(self)', '()')}`" if "\n" not in head else
-                         f"```python\n{name}.{head}\n```")  # fmt: skip
+            head = part.name if decorated(part, "property") else signature(part, part.name)
+            shown = f"{name}.{head}"
+            parts.append(f"```python\n{shown}\n```" if "\n" in shown else f"`{shown}`")
             parts.append(docstring(part))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -236,12 +259,25 @@ def path_of(module: str) -> Path:
     return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
-def definitions(module: str) -> tuple[ast.Module, list[str], dict[str, ast.FunctionDef | ast.ClassDef]]:
-    """A module's tree, its lines, and its public classes and functions in the order they stand in."""
+Definition = tuple[ast.FunctionDef | ast.ClassDef, list[str]]  # and the lines of the file it stands in
+
+
+def definitions(module: str) -> dict[str, Definition]:
+    """A module's public classes and functions, those it hands on from another module by ``__all__`` included."""
     text = path_of(module).read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    named = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    return tree, text.split("\n"), {name: node for name, node in named.items() if not name.startswith("_")}
+    found: dict[str, Definition] = {}
+    handed_on: dict[str, str] = {}
+    public: set[str] = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            found[node.name] = node, text.split("\n")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bursar.") and node.module != module:
+            handed_on |= {name.name: node.module or "" for name in node.names}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            public = set(ast.literal_eval(node.value))
+    for name in sorted(public & handed_on.keys() - found.keys()):
+        found |= {n: d for n, d in definitions(handed_on[name]).items() if n == name}
+    return found
 
 
 def module_reference(module: str) -> str:
@@ -252,11 +288,10 @@ def module_reference(module: str) -> str:
             if name == "__version__":
                 continue
             where, attribute = bursar._WHERE[name]
-            _, lines, found = definitions(where)
-            parts.append(entry(found[attribute], lines, f"bursar.{name}"))
+            parts.append(entry(*definitions(where)[attribute], f"bursar.{name}"))
         return "\n\n".join(parts)
-    tree, lines, found = definitions(module)
-    return "\n\n".join([f"## {module}", docstring(tree), *(entry(node, lines, name) for name, node in found.items())])
+    parts = [f"## {module}", docstring(ast.parse(path_of(module).read_text(encoding="utf-8")))]
+    return "\n\n".join([*parts, *(entry(*found, name) for name, found in definitions(module).items())])
 
 
 def reference(name: str) -> str:
@@ -303,10 +338,11 @@ def stage(folder: Path) -> None:
         if page.startswith("reference:"):
             name = page.removeprefix("reference:")
             target.write_text(commands() if name == "commands" else reference(name), encoding="utf-8")
-        elif not page.endswith(".md"):
+        elif not page.endswith((".md", ".ipynb")):
             shutil.copyfile(ROOT / page, target)
         else:
-            text, linked = dialect((ROOT / page).read_text(encoding="utf-8"), page)
+            text = (ROOT / page).read_text(encoding="utf-8")
+            text, linked = dialect(notebook(text) if page.endswith(".ipynb") else text, page)
             target.write_text(text, encoding="utf-8")
             more = {f for f in linked if (ROOT / f).is_file()} - pages  # what is missing is zensical's to report
             pages |= more
@@ -315,6 +351,8 @@ def stage(folder: Path) -> None:
     for section, title, page in found:
         sections.setdefault(section, []).append({title: place(page)})
     nav = [*sections.pop(""), *({section: pages} for section, pages in sections.items())]
+    (source / "site.css").write_text(STYLE, encoding="utf-8")
+    (source / "site.js").write_text(SCRIPT, encoding="utf-8")
     (folder / "zensical.toml").write_text(CONFIGURATION.replace("NAV", inline(nav)), encoding="utf-8")
 
 
@@ -327,13 +365,30 @@ def inline(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+# What axe-core finds in the theme: the entry one stands on has a contrast of 3.8, wide tables scroll by mouse alone.
+STYLE = """.md-nav__link--active .md-ellipsis { color: #2b3fc0 }
+[data-md-color-scheme="slate"] .md-nav__link--active .md-ellipsis { color: #a9b5ff }
+"""
+SCRIPT = """document$.subscribe(() => requestAnimationFrame(() => {
+  for (const table of document.querySelectorAll(".md-typeset__scrollwrap")) table.tabIndex = 0
+}))
+"""
+
 CONFIGURATION = """[project]
 site_name = "bursar"
 site_description = "What a deep-learning training step and a whole run cost"
 docs_dir = "source"
 site_dir = "site"
-use_directory_urls = false  # opens from disk
+use_directory_urls = false  # opens from disk; the search wants a server
+extra_css = ["site.css"]
+extra_javascript = ["site.js"]
 nav = NAV
+
+[project.markdown_extensions.tables]
+[project.markdown_extensions.toc]
+permalink = true
+[project.markdown_extensions.pymdownx.highlight]
+[project.markdown_extensions.pymdownx.superfences]
 
 [project.theme]
 font = false  # nothing is fetched from elsewhere
@@ -370,4 +425,5 @@ if __name__ == "__main__":
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(Path(made) / "site", target)
-    print(f"{len(list(target.rglob('*.html')))} pages in {os.path.relpath(target)}")
+    where = os.path.relpath(target)
+    print(f"{len(list(target.rglob('*.html')))} pages in {where}; with search: python -m http.server -d {where}")

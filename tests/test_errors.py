@@ -1,7 +1,16 @@
 import pytest
 
 from bursar import errors
-from bursar.errors import BadInput, BursarError, DataDependent, MissingExtra, NoAnswer, TraceFailed, UnknownName
+from bursar.errors import (
+    BadInput,
+    BursarError,
+    DataDependent,
+    MissingExtra,
+    NoAnswer,
+    StepFailed,
+    TraceFailed,
+    UnknownName,
+)
 
 
 @pytest.mark.parametrize(
@@ -14,6 +23,7 @@ from bursar.errors import BadInput, BursarError, DataDependent, MissingExtra, No
         (TraceFailed, 2),
         (MissingExtra, 3),
         (NoAnswer, 1),
+        (StepFailed, 1),
     ],
 )
 def test_every_error_is_a_bursar_error_with_its_exit_code(kind: type[BursarError], code: int) -> None:

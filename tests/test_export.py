@@ -14,6 +14,7 @@ import xml.etree.ElementTree as ET
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch.cuda._memory_viz as torch_viz
 
@@ -165,9 +166,10 @@ def test_torch_s_own_readers_take_it():
 def test_addresses_are_those_of_the_best_fit():
     mib = 2**20
     events = [(0, 4 * mib), (1, 6 * mib), (2, 5 * mib), (1, -6 * mib), (3, 5 * mib), (3, -5 * mib), (9, -1)]
-    placed = list(allocator.replay(events))
-    assert [p and p.address // mib for p in placed] == [0, 4, 10, 4, 15, 15, None]  # 5 MiB left in the segment fit best
-    assert [p.segment_bytes for p in placed if p and p.segment_bytes] == [20 * mib]
+    placed = allocator.placements(*np.array(events).T)
+    begins = placed[0].address
+    assert [(p.address - begins) // mib for p in placed] == [0, 4, 10, 4, 15, 15]  # 5 MiB left in the segment fit best
+    assert [p.segment for p in placed if p.segment] == [(begins, 20 * mib)]
 
 
 # ---- CSV, Markdown, plots

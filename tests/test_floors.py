@@ -19,8 +19,8 @@ FLOORS = {
     1: "machine hardware architecture optimizers jobs frameworks catalog",
     # a ledger's .memory replays its own events, and asks the allocator what it would hold: they stand together
     2: "rules kernels ledger memory allocator folding",
-    3: "roofline reconcile network schedule efficiency step_time rank_memory workspaces run operation forms modules "
-    "calibration context store pricing diff gate",
+    3: "roofline reconcile unfinished network schedule efficiency step_time rank_memory workspaces calibration context "
+    "store pricing run operation forms modules goodput scaling diff gate",
     4: "plan report lecture",
     5: "trace workload measure meter ranks probe train bench lecture.chapter* lecture.traces",
     6: "cli web __main__",

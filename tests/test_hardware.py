@@ -1,7 +1,10 @@
+import csv
+import datetime
 import tomllib
 from collections import Counter
 from dataclasses import fields, replace
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -217,3 +220,27 @@ def test_a_cluster_made_by_hand_is_checked_too(count) -> None:
 
 def test_the_peak_of_a_cluster_is_that_of_all_its_accelerators() -> None:
     assert cluster("8xh100-sxm").peak("bf16") == 8 * 989.4e12
+
+
+def test_export_variants_differ_from_their_models_in_nvlink_alone() -> None:
+    # 400 GB/s both ways in place of 900 (H100) and 600 (A100)
+    for name, model in (("h800", "h100-sxm"), ("a800-80g", "a100-80g-sxm")):
+        variant, of = accelerator(name), accelerator(model)
+        assert variant.scaleup_bytes_per_s == 200e9
+        assert variant.peak("bf16") == of.peak("bf16")
+        assert variant.memory_bytes_per_s == of.memory_bytes_per_s
+
+
+def test_every_accelerator_of_the_published_runs_is_in_the_catalogue() -> None:
+    table = Path(__file__).parent.parent / "data" / "published" / "runs.csv"
+    with table.open(encoding="utf-8", newline="") as file:
+        named = {row["gpu"] for row in csv.DictReader(line for line in file if not line.startswith("#"))}
+    assert named - {""} <= set(IDS)
+
+
+def test_a_price_is_of_this_year_and_of_a_believable_size() -> None:
+    priced = [row for row in ROWS if row.usd_per_gpu_hour is not None]
+    assert len(priced) >= 9
+    for row in priced:
+        assert 0.1 < row.usd_per_gpu_hour < 20
+        assert datetime.date.fromisoformat(row.price_date).year == 2026

@@ -19,9 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bursar
+from bursar.hardware import cluster
 from bursar.ledger import Ledger
 from bursar.memory import CLASSES
 from bursar.modules import shares
+from bursar.plan import model, search
+from bursar.reconcile import Expected, Measured, reconcile
 from bursar.report import figures, plot
 from bursar.report.html import markup, notebook, page, plots
 from bursar.report.html.markup import Markup, asset, document, tag, text
@@ -145,6 +148,22 @@ def test_a_measured_step_has_both_books(tmp_path, capsys):
     assert source.count("✓ balances") == len(said["lines"]) == 3
 
 
+def test_books_that_could_not_be_judged_say_so_and_forecast_seconds_stand_beside_the_measured():
+    step = ledger("cruncher")
+    spans = (2e-5,) * len(step)
+    measured = Measured(
+        "cpu", "a <machine>", 368, 368, step.memory.peak_bytes, (1e-3, 2e-3, 3e-3), 1e-3, spans, spans=spans
+    )
+    found = reconcile(step, measured, Expected(1e-3, (1e-5,) * len(step)))
+    lines = tuple(dataclasses.replace(x, judged=False) if x.unit == "s" else x for x in found.lines)
+    source = page.render(step, measured=measured, found=dataclasses.replace(found, lines=lines))
+    assert 'id="beside-kind"' in source
+    assert "not judged" in source
+    assert source.count("✓ balances") == 3
+    assert "a &lt;machine&gt;" in source
+    assert "✗" in page.render(step, measured=measured, found=found)  # 1 ms was forecast, 2 ms were measured
+
+
 # ---- what pictures are made of
 
 
@@ -232,6 +251,19 @@ def test_a_point_on_the_roofline_stands_where_its_bounds_put_it():
     assert float(circle.get("cx")) > float(roof[2])  # right of the ridge, 500 FLOP/B
 
 
+def test_ops_forecast_by_themselves_stand_below_the_roof_and_keep_their_seconds():
+    step = ledger("cruncher")
+    plain = step.on("h100-sxm")
+    rows = tuple(2.0 * s for s in figures.row_seconds(step, plain))
+    calibrated = dataclasses.replace(plain, row_seconds=rows, seconds=math.fsum(rows), basis="calibrated")
+    assert figures.row_seconds(step, calibrated) == list(rows)
+    ops = figures.merged(step, calibrated)
+    assert math.fsum(o.forecast_seconds for o in ops) == pytest.approx(math.fsum(rows))
+    assert all(o.seconds == o.forecast_seconds > o.roofline_seconds for o in ops)
+    assert "forecast time" in page.render(step, calibrated)
+    assert "forecast time" not in page.render(step, plain).replace("by forecast time", "")
+
+
 # ---- how it looks to those who see other colours
 
 SEEN = {  # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
@@ -308,7 +340,7 @@ def _named(folder, names):
     (folder / "named.py").write_text(MODEL.format(nasty=names, makes=""))
     step = bursar.step(f"{folder}/named.py:make", on="h100-sxm")
     assert {r.module.removesuffix(".layer") for r in step.recorded} >= set(names)
-    return step
+    return dataclasses.replace(step, model=dataclasses.replace(step.model, name=" ".join(names)))
 
 
 def pages(step):
@@ -399,8 +431,29 @@ def test_a_forecast_s_view_adds_up():
     assert "fits" in priced._repr_html_()
 
 
-def test_an_empty_ledger_has_a_view():
+def test_an_empty_ledger_has_a_view_and_a_page():
     assert "0 B" in Ledger([], [], [])._repr_html_()
+    assert 'data-peak-bytes="0"' in page.render(Ledger([], [], []))
+    assert repr(Ledger([], [], [])) == "<Ledger of a step: 0 ops, 0 FLOP, peak 0 B>"
+
+
+def test_a_ledger_s_repr_is_a_line():
+    assert repr(ledger("gpt2")) == "<Ledger gpt2: 644 ops, 6.54 TFLOP, peak 9.44 GB>"
+
+
+def test_a_plan_has_a_view_whether_or_not_there_is_one():
+    question = search.Question(model.read("gpt2")[0], seq_len=1024, batch=512)
+    plan = search.search(question, [cluster("8xh100-sxm")], top=3)
+    found = Elements(plan._repr_html_())
+    assert len([n for n, _ in found.found if n == "tr"]) == 1 + 3
+    none = dataclasses.replace(plan, layouts=(), nearest="<b>", rejected={"</td>memory": 3})
+    assert {n for n, _ in Elements(none._repr_html_()).found} <= {n for n, _ in found.found}
+
+
+def test_names_as_long_as_anyone_likes_do_not_make_a_page_long():
+    step = ledger("cruncher")
+    rows = [r._replace(module="x" * 20_000 + ".layer") for r in step.rows]
+    assert len(page.render(dataclasses.replace(step, rows=rows), None).encode()) < 300_000
 
 
 def test_a_view_loads_no_polars():

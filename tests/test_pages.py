@@ -115,7 +115,7 @@ def shown(command: str, pattern: str) -> str:
         return f"{pattern}: {line.computed}"
     found = [line for line in run("console", command) if re.search(pattern, line)]
     assert found, f"{command} prints no line like {pattern}"
-    return " ".join(found[0].split())
+    return " ".join(found[0].replace("″", "").split())  # ″: the source is the line's above
 
 
 def row(name: str, command: str, pattern: str) -> str:
@@ -208,6 +208,64 @@ def test_a_chapter_shows_bursars_own_output_and_names_its_sources(chapter: str):
     text = (DOCS / f"{chapter}.md").read_text(encoding="utf-8")
     assert sum(x.kind == "console" for x in examples(blocks(text))) >= 1
     assert chapter == "index" or "## Sources" in text
+
+
+# What the chapters work out by hand, as it stands there, and the arithmetic again.
+BY_HAND = (
+    ("index", "271 056 896", 2 * 32 * (1024 * 4096 + 4096 * 10)),
+    ("index", "273 678 336", 2 * 32 * (1024 * 4096 + 4096 * 10) + 2 * 32 * 4096 * 10),
+    ("index", "4 239 370", 1024 * 4096 + 4096 + 4096 * 10 + 10),
+    ("flops", "48 FLOPs", 2 * 2 * 3 * 4),
+    ("flops", "320 FLOPs", 4 * (4 * 5 // 2) * 8),
+    ("gradients", "34 209 792", 2 * 64 * (512 * 512 + 512 * 10)),
+    ("gradients", "34 865 152", 2 * 64 * (512 * 512 + 2 * 512 * 10)),
+    ("gradients", "68 419 584", 4 * 64 * (512 * 512 + 512 * 10)),
+    ("initialisation", "0.408", round((1 / 6) ** 0.5, 3)),
+    ("initialisation", "3e-25", float(f"{6**-31.5:.0e}")),
+    ("optimizers", "2.87 GB", round(2048 * 12288 * (34 + 5 * 96 * 2048 / 12288) / 1e9, 2)),
+    ("optimizers", "0.86 GB", round(2048 * 12288 * 34 / 1e9, 2)),
+    ("optimizers", "1.65 GB", round(8 * 1024 * 50257 * 4 / 1e9, 2)),
+    ("optimizers", "24.9 GB", round(1_557_611_200 * 16 / 1e9, 1)),
+    ("time", "8.89 ms", round(2**43 / 989.4e12 * 1e3, 2)),
+    ("time", "1.28 ms", round(53_561_088 * 80 / 3.35e12 * 1e3, 2)),
+    ("time", "1.244e7 s", float(f"{6 * 70e9 * 15e12 / (1024 * 989.4e12 * 0.5):.3e}")),
+    ("time", "143.9 days", round(6 * 70e9 * 15e12 / (1024 * 989.4e12 * 0.5) / 86400, 1)),
+    ("clusters", "31 ms", round(7 / 8 * 16e9 / 450e9 * 1e3)),
+    ("clusters", "375 MB", round(2 * 7 / 8 * 4 * 53_561_088 / 1e6)),
+    ("clusters", "203 ranks", 1 + int(4e6 * 50e9 / 989.4e12)),
+    ("clusters", "0.94 GB", round(4 * 2 * 7 / 8 * 2 * 8192 * 8192 / 1e9, 2)),
+    ("clusters", "22 % longer", round(100 * 7 / 32)),
+    ("clusters", "18 % of the step", round(100 * 7 / 39)),
+)
+
+
+@pytest.mark.parametrize(("chapter", "stands", "value"), BY_HAND, ids=lambda x: str(x))
+def test_what_a_chapter_works_out_by_hand_is_right(chapter: str, stands: str, value: float):
+    prose = " ".join(FENCE.sub("", (DOCS / f"{chapter}.md").read_text(encoding="utf-8")).split())
+    assert stands in prose
+    assert float(re.match(r"\d[\d .]*(?:e-?\d+)?", stands)[0].replace(" ", "")) == value
+
+
+def claims_named(text: str) -> list[tuple[str, str]]:
+    """The claims of a chapter's table, with the verdict that stands beside each."""
+    return re.findall(r"^\| (\d+\.\d+) \|.*?\| ([a-z ]+) \|", text, re.MULTILINE)
+
+
+def wrongly_judged(text: str) -> list[str]:
+    verdicts = dict(re.findall(r"^\*\*(\d+\.\d+)\*\*.*?^- \*\*([a-z ]+)\*\*:", LECTURE.read_text(encoding="utf-8"),
+                               re.MULTILINE | re.DOTALL))  # fmt: skip
+    return [claim for claim, verdict in claims_named(text) if verdicts.get(claim) != verdict]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS[1:])
+def test_a_chapter_judges_the_notes_as_the_lecture_does(chapter: str):
+    text = (DOCS / f"{chapter}.md").read_text(encoding="utf-8")
+    assert len(claims_named(text)) >= 3
+    assert wrongly_judged(text) == []
+
+
+def test_another_verdict_in_a_chapter_would_be_noticed():
+    assert wrongly_judged("| 7.6 | costs 8.8e15 | right | |\n| 7.27 | 144 days | right | |\n") == ["7.6"]
 
 
 # ---- docs/course.md

@@ -130,3 +130,14 @@ def test_a_file_without_the_columns_is_an_error_that_names_them(tmp_path):
 def test_every_framework_says_where_its_habits_are_written():
     assert all(row.source and row.gradient_bytes for row in frameworks().values())
     assert framework("Megatron-Core").name == "megatron"
+
+
+@pytest.mark.parametrize(("row", "printed"), [(1, 16), (2, 16), (3, 16), (8, 1), (9, 1), (10, 1)])
+def test_a_micro_batch_that_nobody_printed_is_what_its_authors_printed_later(runs, row, printed):
+    """Megatron's table of January 2021 has none; the paper's table 1 of April prints one for the same model."""
+    by_id = {r.id: r for r in runs}
+    early, late = by_id[f"b3_megatron_jan2021_table:{row}"], by_id[f"b_megatron2021_table1:{row}"]
+    assert late.job.micro_batch == printed
+    assert early.job.micro_batch == printed
+    assert any("the quickest by forecast that fits" in note for note in early.assumptions)
+    assert not any("quickest" in note for note in late.assumptions)

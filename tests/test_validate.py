@@ -143,6 +143,28 @@ def test_an_interval_covers_four_fifths_of_errors_like_those_it_learned_from():
     assert got.coverage_80 == pytest.approx(0.8, abs=0.06)
 
 
+def test_tables_that_disagree_widen_the_interval_though_each_is_narrow():
+    job, cluster = published.run(GPT).job, published.run(GPT).cluster
+
+    def tables(*middles: float) -> list[intervals.Errors]:
+        return [
+            intervals.Errors("step_time", f"o{i}", "small", "before fp8", 10, (m,) * 21) for i, m in enumerate(middles)
+        ]
+
+    agree = intervals.factors(job, cluster, "step_time", "", tables(0.1, 0.1))
+    assert (agree.low, agree.high) == pytest.approx((math.exp(-0.02), math.exp(0.12)))
+    apart = intervals.factors(job, cluster, "step_time", "", tables(0.0, 0.2))  # 0.1 ± 1.28 · √(0.02 · 3/2)
+    assert math.log(apart.high) == pytest.approx(0.1 + 1.2816 * math.sqrt(0.02 * 1.5))
+
+
+def test_a_kind_that_no_table_has_gets_a_wider_interval():
+    job, cluster = published.run(GPT).job, published.run(GPT).cluster
+    other = [intervals.Errors(**{**{f: getattr(e, f) for f in e.__slots__}, "kind": "mixture"}) for e in KNOWN]
+    known = intervals.factors(job, cluster, "step_time", "", KNOWN)
+    unknown = intervals.factors(job, cluster, "step_time", "", other)
+    assert unknown.high / unknown.low > known.high / known.low
+
+
 def test_an_interval_never_learns_from_the_table_it_is_scored_on():
     mine = intervals.Errors("step_time", "t", "small", "before fp8", 99, (0.0,) * 21)
     job, cluster = published.run(GPT).job, published.run(GPT).cluster

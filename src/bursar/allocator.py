@@ -3,13 +3,13 @@
 A request is rounded to 512 B. Up to 1 MiB it comes from the small pool, whose segments are 2 MiB; above that from the
 large pool: a segment of 20 MiB for requests below 10 MiB, else one of its own rounded to 2 MiB. The smallest free block
 that is large enough is taken, of those the one at the lowest address; what is left of it is split off (from 512 B on in
-the small pool, above 1 MiB in the large one, else it stays with the block and counts as allocated), and freed neighbours
-merge. With expandable segments a pool is one segment that grows by pages of 2 MiB, or 20 MiB for the large pool, and
-every rest is split off; the block at its end is taken last.
+the small pool, above 1 MiB in the large one, else it stays with the block and counts as allocated), and neighbours that
+are free merge. With expandable segments a pool is one segment that grows by pages of 2 MiB, or 20 MiB for the large
+pool, and every rest is split off; the block at its end is taken last.
 
 Source: c10/cuda/CUDACachingAllocator.cpp, torch 2.5 to 2.13 (malloc, get_free_block, should_split, free_block,
 try_allocate_expandable_block). Free memory is never given back, as torch does unless it runs out. Streams have pools of
-their own. Addresses of segments are taken to rise in the order they are made; only ties between equal blocks hang on it.
+their own. Addresses of segments are taken to rise in the order they are made; ties between equal blocks hang on it.
 
 Pools do not touch each other, so each is replayed alone, in one loop over rounded sizes. Free blocks of one size are a
 heap of addresses; a block that was merged or taken leaves a stale entry there, which is passed over when it comes up.
@@ -73,32 +73,33 @@ def replay(
     signed, numbers, order = _requests(np.asarray(storages), np.asarray(deltas))
     if not len(signed):
         return Held(0, 0, 0)
-    rounded = -(-np.abs(signed) // ROUND_BYTES) * ROUND_BYTES
     allocates = signed > 0
-    of_alloc = np.empty(int(allocates.sum()), np.int64)  # by allocation: its event
-    of_alloc[numbers[allocates]] = np.flatnonzero(allocates)
-    group = (rounded > SMALL_BYTES).astype(np.int64)
+    sizes = (np.abs(signed) + (ROUND_BYTES - 1)) & -ROUND_BYTES
+    group = (sizes > SMALL_BYTES).astype(np.int64)
+    sizes = np.where(allocates, sizes, -sizes)
+    n = int(np.count_nonzero(allocates))
     if streams is not None:
-        names, stream = np.unique(np.asarray(streams)[order], return_inverse=True)
-        group += 2 * stream[of_alloc[numbers]]
-    sizes = np.where(allocates, rounded, -rounded)
-    of_free = np.full(len(of_alloc), len(sizes), np.int64)  # likewise, past the end where it is never freed
-    of_free[numbers[~allocates]] = np.flatnonzero(~allocates)
-    slack = np.zeros(len(sizes) + 1, np.int64)
+        _, stream = np.unique(np.asarray(streams)[order], return_inverse=True)
+        of = np.empty(n, np.int64)
+        of[numbers[allocates]] = stream[allocates]
+        group += 2 * of[numbers]
+    slack: dict[int, int] = {}  # by allocation: what its block has above the request
     held = segments = 0
-    for g in np.unique(group).tolist():
+    for g in np.flatnonzero(np.bincount(group)).tolist():
         here = group == g
-        its = numbers[here].tolist(), sizes[here].tolist(), len(of_alloc), g % 2 == 0
+        its = numbers[here].tolist(), sizes[here].tolist(), n, g % 2 == 0
         if expandable_segments:
             more, count = _expandable(*its)
             held, segments = held + more, segments + count
             continue
         made, unsplit, _ = _segments(*its)
         held, segments = held + sum(n_bytes for _, _, n_bytes in made), segments + len(made)
-        for number, rest in unsplit:
-            slack[of_alloc[number]] += rest
-            slack[of_free[number]] -= rest
-    return Held(int(np.cumsum(sizes + slack[:-1]).max()), held, segments)
+        slack.update(unsplit)
+    if slack:
+        above = np.zeros(n, np.int64)
+        above[list(slack)] = list(slack.values())
+        sizes += np.where(allocates, above[numbers], -above[numbers])
+    return Held(int(np.cumsum(sizes).max()), held, segments)
 
 
 class Placed(NamedTuple):
@@ -124,15 +125,15 @@ def placements(storages: np.ndarray, deltas: np.ndarray) -> list[Placed]:
     import numpy as np
 
     signed, numbers, order = _requests(np.asarray(storages), np.asarray(deltas))
-    rounded = -(-np.abs(signed) // ROUND_BYTES) * ROUND_BYTES
+    rounded = (np.abs(signed) + (ROUND_BYTES - 1)) & -ROUND_BYTES
     n = int((signed > 0).sum())
     address = np.zeros(n, np.int64)
     segment: dict[int, tuple[int, int]] = {}
     for base, here in ((0, rounded <= SMALL_BYTES), (_LARGE_POOL, rounded > SMALL_BYTES)):
         its, sizes = numbers[here], np.where(signed > 0, rounded, -rounded)[here]
-        made, _, where = _segments(its.tolist(), sizes.tolist(), n, base == 0)
+        made, _, (block, key) = _segments(its.tolist(), sizes.tolist(), n, base == 0)
         mine = np.unique(its)
-        address[mine] = base + np.array(where, np.int64)[mine]
+        address[mine] = base + (np.array(key, np.int64)[np.array(block, np.int64)[mine]] >> _BITS) * ROUND_BYTES
         segment |= {number: (base + at, n_bytes) for number, at, n_bytes in made}
     return [
         Placed(event, asked, int(address[number]), size, segment.get(number) if asked > 0 else None)
@@ -197,46 +198,47 @@ def _each_once(storages: np.ndarray, deltas: np.ndarray) -> tuple[np.ndarray, np
 
 def _segments(
     numbers: list[int], sizes: list[int], n: int, small: bool
-) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]], list[int]]:
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]], tuple[list[int], list[int]]]:
     """One pool of one stream: segments made as (allocation, address, bytes), (allocation, rest) where a block was not
-    split, and the address of each allocation.
+    split, and the block of each allocation with the keys of blocks, which hold their addresses.
 
     ``numbers`` says which of ``n`` allocations an event is of. Addresses count from 0, segments stand in a row.
     """
-    # Blocks by number, 0 for no block: bytes (0: merged away), whether free, neighbours, and how they stand in a bin
+    # Blocks by number, 0 for no block: bytes while free (else 0), neighbours, and how they stand in a bin
     room = 2 * len(sizes) + 2
-    size_of, free, after, before, key = [0] * room, [False] * room, [0] * room, [0] * room, [0] * room
-    made = 0  # blocks
+    free, after, before, key = [0] * room, [0] * room, [0] * room, [0] * room
     bins: dict[int, list[int]] = {}  # free blocks by size, as heaps of keys; some stale
     known: list[int] = []  # the sizes in bins, sorted
     where = [0] * n  # by allocation: its block
+    larger: dict[int, int] = {}  # by allocation: the bytes of its block, where that was not split
     unsplit: list[tuple[int, int]] = []
     segments: list[tuple[int, int, int]] = []
-    top = 0
+    made = top = 0
     least_rest = ROUND_BYTES if small else SMALL_BYTES + ROUND_BYTES
-    get, push, pop = bins.get, heapq.heappush, heapq.heappop
+    number_of, rounded_address = _BLOCK, 2**_BITS // ROUND_BYTES
+    get, push, pop, insert, find = bins.get, heapq.heappush, heapq.heappop, bisect.insort, bisect.bisect_right
     for number, size in zip(numbers, sizes, strict=True):
         if size > 0:
             heap = get(size)
             while heap:
-                block = pop(heap) & _BLOCK
-                if free[block] and size_of[block] == size:  # one of just this size
-                    free[block] = False
+                block = pop(heap) & number_of
+                if free[block] == size:  # one of just this size
+                    free[block] = 0
                     where[number] = block
                     break
             else:
-                i = bisect.bisect_right(known, size)
+                i = find(known, size)
                 while i < len(known):
                     length = known[i]
                     heap = bins[length]
                     while heap:
-                        block = pop(heap) & _BLOCK
-                        if free[block] and size_of[block] == length:
+                        block = pop(heap) & number_of
+                        if free[block] == length:
                             break
                     else:
                         del known[i], bins[length]
                         continue
-                    free[block] = False
+                    free[block] = 0
                     break
                 else:
                     if small:
@@ -244,81 +246,77 @@ def _segments(
                     else:
                         length = LARGE_SEGMENT if size < LARGE_FROM else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
                     block = made = made + 1
-                    size_of[block] = length
-                    key[block] = (top // ROUND_BYTES) << _BITS | block
+                    key[block] = top * rounded_address + block
                     segments.append((number, top, length))
                     top += length
                 where[number] = block
                 rest = length - size
                 if rest >= least_rest:
                     tail = made = made + 1
-                    following = after[block]
-                    size_of[tail], free[tail], after[tail], before[tail] = rest, True, following, block
-                    key[tail] = place = key[block] + ((size // ROUND_BYTES) << _BITS) - block + tail
-                    size_of[block] = size
-                    before[following] = after[block] = tail
+                    free[tail], before[tail], after[tail] = rest, block, after[block]
+                    key[tail] = place = key[block] + size * rounded_address + tail - block
+                    before[after[block]] = after[block] = tail
                     heap = get(rest)
                     if heap is None:
                         bins[rest] = [place]
-                        bisect.insort(known, rest)
+                        insert(known, rest)
                     else:
                         push(heap, place)
                 elif rest:
+                    larger[number] = length
                     unsplit.append((number, rest))
         else:
             block = where[number]
+            size = larger.pop(number, -size) if larger else -size
             other = after[block]
             if free[other]:
-                size_of[block] += size_of[other]
-                size_of[other] = 0
-                after[block] = following = after[other]
-                before[following] = block
+                size += free[other]
+                free[other] = 0
+                other = after[block] = after[other]
+                before[other] = block
             other = before[block]
             if free[other]:
-                size_of[other] += size_of[block]
-                size_of[block] = 0
-                after[other] = following = after[block]
-                before[following] = block = other
-            else:
-                free[block] = True
-            size = size_of[block]
+                size += free[other]
+                after[other] = after[block]
+                before[after[block]] = block = other
+            free[block] = size
             heap = get(size)
             if heap is None:
                 bins[size] = [key[block]]
-                bisect.insort(known, size)
+                insert(known, size)
             else:
                 push(heap, key[block])
-    return segments, unsplit, [(key[block] >> _BITS) * ROUND_BYTES for block in where]
+    return segments, unsplit, (where, key)
 
 
 def _expandable(numbers: list[int], sizes: list[int], n: int, small: bool) -> tuple[int, int]:
     """One pool of one stream as a segment that grows: its bytes, and how often it grew. Every rest is split off."""
     room = 2 * len(sizes) + 2
-    size_of, free, after, before, key = [0] * room, [False] * room, [0] * room, [0] * room, [0] * room
-    made = 0  # blocks
+    free, after, before, key = [0] * room, [0] * room, [0] * room, [0] * room
     bins: dict[int, list[int]] = {}
     known: list[int] = []
     where = [0] * n
-    top = grown = last = 0  # the end of the segment, how often it grew, its last block
+    made = top = grown = last = 0  # blocks, the end of the segment, how often it grew, its last block
     page = SMALL_SEGMENT if small else LARGE_SEGMENT
-    get, push, pop = bins.get, heapq.heappush, heapq.heappop
+    number_of, rounded_address = _BLOCK, 2**_BITS // ROUND_BYTES
+    get, push, pop, insert, find = bins.get, heapq.heappush, heapq.heappop, bisect.insort, bisect.bisect_right
     for number, size in zip(numbers, sizes, strict=True):
         if size > 0:
             heap = get(size)
             while heap:
-                block = pop(heap) & _BLOCK
-                if free[block] and size_of[block] == size and block != last:
-                    free[block] = False
+                block = pop(heap) & number_of
+                if free[block] == size and block != last:
+                    free[block] = 0
                     where[number] = block
                     break
             else:
-                i = bisect.bisect_right(known, size)
+                i = find(known, size)
                 while i < len(known):
                     length = known[i]
                     heap = bins[length]
                     while heap:
-                        block = pop(heap) & _BLOCK
-                        if free[block] and size_of[block] == length and block != last:
+                        block = pop(heap) & number_of
+                        if free[block] == length and block != last:
                             break
                     else:
                         del known[i], bins[length]
@@ -326,64 +324,58 @@ def _expandable(numbers: list[int], sizes: list[int], n: int, small: bool) -> tu
                     break
                 else:  # the block at the end, which could grow, comes after all that fit; it stands in no bin
                     block = last
-                    if not free[block]:
+                    length = free[block]
+                    if not length:
                         block = made = made + 1
                         before[block] = last
-                        key[block] = (top // ROUND_BYTES) << _BITS | block
+                        key[block] = top * rounded_address + block
                         after[last] = last = block
-                    more = size - size_of[block]
+                    more = size - length
                     if more > 0:
                         more = -(-more // page) * page
                         top, grown = top + more, grown + 1
-                        size_of[block] += more
-                    length = size_of[block]
-                free[block] = False
+                        length += more
+                free[block] = 0
                 where[number] = block
-                if length > size:
-                    rest, following = length - size, after[block]
+                rest = length - size
+                if rest:
                     tail = made = made + 1
-                    size_of[tail], free[tail], after[tail], before[tail] = rest, True, following, block
-                    key[tail] = place = key[block] + ((size // ROUND_BYTES) << _BITS) - block + tail
-                    size_of[block] = size
-                    before[following] = after[block] = tail
+                    free[tail], before[tail], after[tail] = rest, block, after[block]
+                    key[tail] = place = key[block] + size * rounded_address + tail - block
+                    before[after[block]] = after[block] = tail
                     if block == last:
                         last = tail
                         continue
                     heap = get(rest)
                     if heap is None:
                         bins[rest] = [place]
-                        bisect.insort(known, rest)
+                        insert(known, rest)
                     else:
                         push(heap, place)
         else:
-            block = where[number]
+            block, size = where[number], -size
             other = after[block]
             if free[other]:
-                size_of[block] += size_of[other]
-                size_of[other] = 0
-                free[other] = False
-                after[block] = following = after[other]
-                before[following] = block
+                size += free[other]
+                free[other] = 0
                 if other == last:
                     last = block
+                other = after[block] = after[other]
+                before[other] = block
             other = before[block]
             if free[other]:
-                size_of[other] += size_of[block]
-                size_of[block] = 0
-                after[other] = following = after[block]
-                before[following] = other
+                size += free[other]
+                after[other] = after[block]
                 if block == last:
                     last = other
-                block = other
-            else:
-                free[block] = True
+                before[after[block]] = block = other
+            free[block] = size
             if block == last:
                 continue
-            size = size_of[block]
             heap = get(size)
             if heap is None:
                 bins[size] = [key[block]]
-                bisect.insort(known, size)
+                insert(known, size)
             else:
                 push(heap, key[block])
     return top, grown

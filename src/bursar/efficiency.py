@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from bursar.errors import UnknownName
-from bursar.hardware import Accelerator
+from bursar.hardware import Accelerator, accelerator
 
 Seconds = Any  # a float, or an array of them
 Count = Any
@@ -90,14 +90,30 @@ def _ceiling(device: Accelerator, dtype: str) -> float:
     k_loop = coefficient("matmul_k_loop")
     best = 1 + k_loop / 5120  # the best shapes have K of some thousands
     if dtype == "fp32":
-        return device.peak("fp32") * coefficient("matmul_ceiling_vector")
+        power = 1.0 if device.measured_matmul_flops_per_s else min(clock_share(device), 1.0)
+        return device.peak("fp32") * coefficient("matmul_ceiling_vector") * power
     best *= sustained(device)
     if measured is not None:
         return measured * best
-    known = device.measured_matmul_flops_per_s.get("fp8") or device.measured_matmul_flops_per_s.get("bf16")
-    like = "fp8" if "fp8" in device.measured_matmul_flops_per_s else "bf16"
-    share = known / device.peak(like) if known else coefficient(f"matmul_ceiling_{_maker(device)}")
+    like = _like(device)
+    nearest = (dtype, "fp8", "bf16") if dtype in ("fp8", "fp4") else (dtype, "bf16")
+    dtypes = [d for d in nearest if d in like.measured_matmul_flops_per_s]
+    if dtypes:
+        share = like.measured_matmul_flops_per_s[dtypes[0]] / like.peak(dtypes[0])
+    else:
+        share = coefficient(f"matmul_ceiling_{_maker(device)}")
     return device.peak(dtype) * share * best
+
+
+# The same silicon under another name or limit: what was measured on one holds for the other, but for its power.
+_SILICON = {"a800": "a100-80g-sxm", "h100": "h100-sxm", "h800": "h100-sxm"}
+
+
+def _like(device: Accelerator) -> Accelerator:
+    """``device`` where its products were measured, or else a part with the same silicon; itself where there is none."""
+    if device.measured_matmul_flops_per_s:
+        return device
+    return accelerator(_SILICON.get(device.name.split("-")[0], device.name))
 
 
 # Watts per dense 16-bit TFLOP/s of the parts whose long runs the shares were taken from: A100, H100, GB200 (SXM).
@@ -128,11 +144,17 @@ def _maker(device: Accelerator) -> str:
 
 
 def product_dtype(device: Accelerator, precision: str) -> str:
-    """The dtype whose peak bounds products in ``precision``: fp8 for mxfp8; the next wider one the device has."""
+    """The dtype whose peak bounds products in ``precision``: fp8 for mxfp8; the next wider one the device has.
+
+    Raises BadInput where the catalogue has none.
+    """
     wanted = {"mxfp8": "fp8", "nvfp4": "fp4"}.get(precision, precision)
     wider = {"fp4": ("fp4", "fp8", "bf16", "fp16"), "fp8": ("fp8", "bf16", "fp16"), "bf16": ("bf16", "fp16", "fp32"),
              "fp16": ("fp16", "fp32")}  # fmt: skip
-    return next((d for d in wider.get(wanted, (wanted,)) if d in device.peak_flops_per_s), "fp32")
+    found = next((d for d in (*wider.get(wanted, (wanted,)), "fp32") if d in device.peak_flops_per_s), None)
+    if found is None:
+        device.peak("fp32")  # says what there is
+    return found or wanted
 
 
 @cache
@@ -215,3 +237,13 @@ def attention_seconds(rates: Rates, flops: Count, S: Count, head: float, backwar
 def stream_seconds(rates: Rates, n_bytes: Count, kernels: Count = 1) -> Seconds:
     """Seconds of ``kernels`` elementwise or reducing kernels that move ``n_bytes`` together."""
     return n_bytes / rates.bytes_per_s + kernels * rates.gap_seconds
+
+
+def slowest_of(devices: Count) -> Any:
+    """Seconds of the slowest of so many devices over those of the slowest of the eight that rates were read on.
+
+    Chips of one name differ in the clock they hold at one power, and all wait for the slowest: of n drawn from a normal
+    distribution it lies about √(2 ln n) deviations out.
+    """
+    spread = coefficient("clock_spread")
+    return (1 + spread * np.sqrt(2 * np.log(devices))) / (1 + spread * np.sqrt(2 * np.log(8)))

@@ -8,6 +8,7 @@
     ├── MissingExtra       3   an optional part of bursar is not installed; says how to get it
     ├── NotCalibrated      3   this machine was not measured, and only a measurement could tell
     └── NoAnswer           1   a fair question whose answer is no: does not fit, over budget, impossible
+        └── StepFailed     1   a step that was being measured came to no end; has what was measured
 
 An error says what was asked, what is known, and what to do next.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "BadInput",
@@ -24,6 +26,7 @@ __all__ = [
     "MissingExtra",
     "NoAnswer",
     "NotCalibrated",
+    "StepFailed",
     "TraceFailed",
     "UnknownName",
 ]
@@ -120,3 +123,14 @@ class NoAnswer(BursarError):
     """The request is well formed and the answer is no.  The message says by how much."""
 
     exit_code = 1
+
+
+class StepFailed(NoAnswer):
+    """A step raised, ran out of memory, lost its loss or was stopped while it was measured.
+
+    ``unfinished`` (`bursar.unfinished.Unfinished`) has the figures measured until then, ``ledger`` is the forecast.
+    """
+
+    def __init__(self, message: str, unfinished: Any, ledger: Any) -> None:
+        self.unfinished, self.ledger = unfinished, ledger
+        super().__init__(message)

@@ -36,6 +36,8 @@ class Framework:
     overlap_parameters: bool
     optimizer_bytes: float
     source: str
+    gather_calls: int = 1
+    overlap_gathers: bool = True
 
 
 @cache
@@ -46,7 +48,12 @@ def frameworks() -> Mapping[str, Framework]:
 
 
 # Frameworks that share another's code and habits
-_SAME = {"megatron-core": "megatron", "megatron-lm": "megatron", "llm-foundry": "fsdp", "pytorch-fsdp": "fsdp"}
+_SAME = {
+    "megatron-core": "megatron", "megatron-lm": "megatron",
+    "gpt-neox": "megatron-deepspeed",
+    "llm-foundry": "fsdp", "pytorch-fsdp": "fsdp",
+    "pytorch": "plain", "torch": "plain", "huggingface": "plain", "transformers": "plain", "litgpt": "plain",
+}  # fmt: skip
 
 
 def framework(name: str) -> Framework:

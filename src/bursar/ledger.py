@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bursar import memory
-from bursar.errors import BadInput
+from bursar.errors import BadInput, printable
 from bursar.memory import Memory, Storage, Textbook
 from bursar.rules import KINDS, MODEL_KINDS, Work, three_lines
+from bursar.units import format_bytes, format_flops
 
 if TYPE_CHECKING:
     import polars
@@ -131,7 +132,7 @@ class Step:
     micro_batches: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     """One training step, written down."""
 
@@ -152,6 +153,10 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self.rows) - self.first_row
+
+    def __repr__(self) -> str:  # the rows themselves are megabytes
+        peak, flops = format_bytes(self.memory.peak_bytes), format_flops(self.flops.model)
+        return f"<Ledger {printable(self.model.name, keep='') or 'of a step'}: {len(self)} ops, {flops}, peak {peak}>"
 
     @property
     def recorded(self) -> list[Row]:

@@ -134,7 +134,7 @@ def wires(cluster: Cluster) -> Wires:
 
 def inside(links: Wires, ranks: Any, stride: Any) -> Any:
     """How many of a group's ``ranks``, ``stride`` devices apart, share one domain: at least one."""
-    return np.clip(links.domain // np.maximum(stride, 1), 1, ranks)
+    return np.minimum(np.maximum(links.domain // np.maximum(stride, 1), 1), ranks)
 
 
 def collective_seconds(links: Wires, op: str, n_bytes: Any, ranks: Any, stride: Any = 1) -> Any:
@@ -154,10 +154,13 @@ def collective_seconds(links: Wires, op: str, n_bytes: Any, ranks: Any, stride: 
     rate = np.where(
         far, np.minimum(links.inside_bytes_per_s, links.between_bytes_per_s * near), links.inside_bytes_per_s
     )
-    local = (fixed + each * near) * passes / 2
-    steps = np.minimum(2 * nodes, 2 * np.ceil(np.log2(np.maximum(nodes, 1)))) if passes == 2 else nodes
+    # a ring of all ranks takes a step per rank and pass, a tree one per level and pass between nodes
+    within = (fixed + each * near) * passes / 2
+    ring = (fixed + each * (ranks - nodes)) * passes / 2 + hop * nodes * passes
+    tree = within + hop * 2 * np.ceil(np.log2(np.maximum(nodes, 1)))
+    waits = np.where(far, np.minimum(ring, tree) if passes == 2 else ring, within)
     volume = passes * n_bytes * (ranks - 1) / ranks
-    return np.where(ranks > 1, volume / rate + local + hop * far * steps, 0.0)
+    return np.where(ranks > 1, volume / rate + waits, 0.0)
 
 
 def send_seconds(links: Wires, n_bytes: Any, stride: Any) -> Any:

@@ -142,6 +142,7 @@ def price(
         bound_by={**bound, "overhead": total - sum(bound.values())},
         assumptions=tuple(notes),
         basis="calibrated",
+        row_seconds=tuple(seconds),
     )
     return Priced(tuple(seconds), made, measured / total if total else 0.0, calibration.clock)
 

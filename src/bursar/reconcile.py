@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from bursar.ledger import Ledger, Row
 from bursar.rules import MODEL_KINDS
+from bursar.units import format_bytes
 
 if TYPE_CHECKING:
     import polars
@@ -257,8 +258,14 @@ def _cause_of_part(rows: Sequence[Row], forecast: float, took: float, measured: 
 
 
 def _cause(ledger: Ledger, measured: Measured) -> str:
-    """Why the peak differs, where that can be told."""
-    if measured.device != "cpu" or measured.peak_bytes <= ledger.memory.peak_bytes:
+    """What of the peak is a library's own scratch, where that is forecast; else why it differs, where that can be told."""
+    if measured.device != "cpu":
+        return ""
+    named = [held for held in ledger.memory.holdings if " in aten." in held.module]
+    if named:
+        what = ", ".join(f"{format_bytes(held.n_bytes)} {held.module}" for held in named)
+        return f"of the forecast, scratch that no op shows: {what}"
+    if measured.peak_bytes <= ledger.memory.peak_bytes:
         return ""
     kinds = {r.kind for r in ledger.recorded}
     if "conv" in kinds:

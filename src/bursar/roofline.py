@@ -35,6 +35,7 @@ class Forecast:
     collectives: tuple[Collective, ...] = ()
     assumptions: tuple[str, ...] = ()
     basis: str = "assumed"  # counted, measured, calibrated or assumed
+    row_seconds: tuple[float, ...] = field(default=(), repr=False)  # of each recorded row, where ops were priced singly
 
     @property
     def mfu(self) -> float:

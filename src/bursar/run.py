@@ -66,6 +66,19 @@ class Run:
     dtype: str | None = None
     assumptions: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    batch_tokens: int | None = None  # of one optimizer step
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, the last one perhaps not full; None where nothing says a step's tokens."""
+        if self.batch_tokens is None or self.tokens is None:
+            return None
+        return -(-self.tokens // self.batch_tokens)
+
+    @property
+    def thresholds(self) -> tuple[tuple[Magnitude, bool], ...]:
+        """Thresholds of law, in force or revoked, and whether the run's FLOP reach them."""
+        return tuple((m, self.flops >= m.flops) for m in magnitudes() if m.status in ("law", "revoked"))
 
     @property
     def days(self) -> float:
@@ -95,6 +108,12 @@ class Run:
             "gpu_hours": self.gpu_hours,
             "usd": self.usd,
             "kwh": self.kwh,
+            "steps": self.steps,
+            "step_seconds": None if self.steps is None else self.seconds / self.steps,
+            "thresholds": [
+                {"name": m.name, "flops": m.flops, "status": m.status, "reached": reached}
+                for m, reached in self.thresholds
+            ],
             "solved": self.solved,
             "assumptions": list(self.assumptions),
             "warnings": list(self.warnings),
@@ -119,6 +138,7 @@ def solve(
     budget_usd: float | None = None,
     usd_per_gpu_hour: float | None = None,
     pue: float | None = None,
+    batch_tokens: float | str | None = None,
 ) -> Run:
     """The run with its missing part filled in.
 
@@ -128,7 +148,8 @@ def solve(
     ``budget_usd``, one is left out.  A bare accelerator names the kind, not the number.
 
     An MFU of 0.5 is assumed where it is not given and something else is asked for.  A number of accelerators is rounded
-    up to a whole one, or down where a budget sets it; parameters and tokens are rounded down.
+    up to a whole one, or down where a budget sets it; parameters and tokens are rounded down.  ``batch_tokens`` says
+    how many steps that is, and changes nothing else.
 
     Raises `BadInput` for too little, too much or impossible input, `NoAnswer` for an MFU above 1 or a budget exceeded.
 
@@ -147,6 +168,8 @@ def solve(
     price = _price(device, usd_per_gpu_hour, notes)
 
     step_tokens, warned = _step_tokens(batch, seq_len)
+    if step_tokens is not None and batch_tokens is not None:
+        raise BadInput("a step's tokens are given twice, as batch and seq_len and as batch_tokens; drop one")
     work, n_parameters, n_tokens = _work(flops, parameters, tokens, step_tokens, steps, notes)
     time = _time(seconds, days)
     used = None if mfu is None else _positive("mfu", mfu)
@@ -190,6 +213,7 @@ def solve(
         dtype=None if device is None or peak_flops_per_s is not None else dtype,
         assumptions=tuple(notes),
         warnings=() if warned is None else (warned,),
+        batch_tokens=step_tokens if batch_tokens is None else _count("batch_tokens", batch_tokens),
     )
 
 

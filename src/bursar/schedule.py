@@ -44,18 +44,22 @@ def bubble_seconds(
     return others
 
 
-def layers_of_stages(n_layers: Any, stages: Any, chunks: Any) -> tuple[Any, Any, Any]:
+def layers_of_stages(
+    n_layers: Any, stages: Any, chunks: Any, before: Any = 1.0, after: Any = 1.0
+) -> tuple[Any, Any, Any]:
     """Layers of the fullest stage, of the first and of the last.
 
-    Where p times v divides the layers, each has as many. Elsewhere the embedding and the head each take a layer's
-    place, as Megatron's ``account_for_embedding_in_pipeline_split`` and DeepSpeed's partition have it.
+    Where p times v divides the layers, each has as many. Elsewhere what stands ``before`` and ``after`` the layers, in
+    layers' worth, takes their place: one each where a partition counts the embedding and the head as layers (Megatron's
+    ``account_for_embedding_in_pipeline_split``, DeepSpeed's), their time over a layer's where stages are laid out by
+    hand.
 
     >>> [tuple(int(n) for n in layers_of_stages(L, 8, 1)) for L in (96, 94, 70)]
     [(12, 12, 12), (12, 11, 11), (9, 8, 8)]
     """
-    even = n_layers % (stages * chunks) == 0
     parts = stages * chunks
-    filled = np.ceil((n_layers + 2) / parts) * chunks
+    even = n_layers % parts == 0
+    filled = np.ceil((n_layers + before + after) / stages)  # chunks need not be alike
     most = np.where(even, n_layers / stages, np.minimum(filled, n_layers))
-    end = np.where(even, n_layers / stages, np.maximum(most - 1, 0))
-    return most, end, end
+    first, last = (np.where(even, n_layers / stages, np.maximum(np.floor(most - n), 0)) for n in (before, after))
+    return most, first, last

@@ -26,6 +26,7 @@ from bursar.efficiency import (
     matmul_seconds,
     product_dtype,
     rates,
+    slowest_of,
     stream_seconds,
 )  # fmt: skip
 from bursar.frameworks import Framework, framework
@@ -303,7 +304,8 @@ def _linear(x: _Context, p: _Passes, M: Array, K: Array, N: Array, groups: Array
     p.backward.product(x.dtype, M, K, N, groups, out, launches)
     p.backward.product(x.dtype, K, N, M, groups, x.accumulate, launches)
     if x.dtype in ("fp8", "fp4"):
-        cast = coefficient("cast_bytes_blocks" if x.job.precision in ("mxfp8", "nvfp4") else "cast_bytes")
+        by_recipe = {"mxfp8": "cast_bytes_blocks", "nvfp4": "cast_bytes_fp4"}
+        cast = coefficient(by_recipe.get(x.job.precision, "cast_bytes"))
         p.forward.stream(cast * groups * M * K, launches)
         p.backward.stream(cast * groups * M * N, launches)
     if bias:
@@ -381,18 +383,21 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
         plain = e == 4 or (max(dqk % 8, dv % 8) and "fp32" in x.rates.ceilings)
         dtype = product_dtype(x.rates.device, "fp32" if plain else "bf16")
         dropout = x.habits.dropout
-        for passes in (p.forward,):
-            passes.product(dtype, rows, S, dqk, groups, e)
-            passes.stream(2 * e * scores)  # mask and softmax in one
-            if dropout:
-                passes.stream((2 * e + 1) * scores)
-            passes.product(dtype, rows, dv, S, groups, e)
-            passes.stream(2 * x.n * model.value_width / tp * e)  # tokens together again
+        p.forward.product(dtype, rows, S, dqk, groups, e)
+        p.forward.stream(2 * e * scores)  # mask and softmax in one
+        if not x.fused:  # scale and mask by themselves
+            p.forward.stream(4 * e * scores, 2)
+        if dropout:
+            p.forward.stream((2 * e + 1) * scores)
+        p.forward.product(dtype, rows, dv, S, groups, e)
+        p.forward.stream(2 * x.n * model.value_width / tp * e)  # tokens together again
         p.backward.product(dtype, S, dv, rows, groups, e)
         p.backward.product(dtype, rows, S, dv, groups, e)
         if dropout:
             p.backward.stream((2 * e + 1) * scores)
         p.backward.stream(3 * e * scores)
+        if not x.fused:
+            p.backward.stream(4 * e * scores, 2)
         p.backward.product(dtype, rows, dqk, S, groups, e)
         p.backward.product(dtype, S, dqk, rows, groups, e)
         p.backward.stream(4 * x.n * model.query_width / tp * e, 3)
@@ -401,12 +406,14 @@ def _core(x: _Context, p: _Passes, windowed: bool, causal: bool) -> None:
     done = 2 * (model.query_width + model.value_width) * kept * x.b / tp / x.cp
     seen = model.sliding_window if windowed and model.sliding_window else S / x.cp
     p.forward.add("attention", attention_seconds(x.rates, done, seen, dqk), 1)
-    p.backward.add("attention", attention_seconds(x.rates, 2 * done, seen, dqk, backward=True), 2)
+    # published rates count five products backward for the two forward: the scores are made again
+    p.backward.add("attention", attention_seconds(x.rates, 5 * done / 2, seen, dqk, backward=True), 2)
     # keys and values go round the ring while the kernel works on those that are here
     held = (model.n_kv_heads * model.head_dim * 2 if model.latent is None else model.query_width * 2) / tp * x.n * e
     ring = np.where(x.cp > 1, (x.cp - 1) * send_seconds(x.links, held, tp), 0.0)
-    p.forward.add("cp", np.maximum(ring - p.forward.seconds["attention"], 0.05 * ring))
-    p.backward.add("cp", np.maximum(2 * ring - p.backward.seconds["attention"], 0.05 * ring))
+    least = coefficient("cp_shown") * ring
+    p.forward.add("cp", np.maximum(ring - p.forward.seconds["attention"], least))
+    p.backward.add("cp", np.maximum(2 * ring - p.backward.seconds["attention"], 2 * least))
 
 
 def _tensor_parallel(x: _Context, p: _Passes) -> None:
@@ -423,7 +430,7 @@ def _tensor_parallel(x: _Context, p: _Passes) -> None:
 
 
 def _tp_overlap(x: _Context) -> float:
-    return max(x.habits.tp_overlap, 0.5 if "async_tp" in x.job.flags else 0.0)
+    return max(x.habits.tp_overlap, coefficient("async_tp_hidden") if "async_tp" in x.job.flags else 0.0)
 
 
 def _mlp(x: _Context, p: _Passes, width: int) -> None:
@@ -464,11 +471,20 @@ def _mixture(x: _Context, p: _Passes) -> None:
     p.backward.stream(own * E * 4 * 4, 6)
     sent = own * k * D * e
     # permuted for the ranks and again for the experts, and put back with their weights
-    p.forward.stream(2 * own * D * e + 6 * sent, 4)
-    p.backward.stream(2 * own * D * e + 7 * sent, 5)
+    dropping = "tokendrop" in x.job.flags
+    joined = x.job.flags.get("dispatcher") == "hybridep"
+    passes = coefficient(
+        "permute_passes_unfused" if dropping else "permute_passes_joined" if joined else "permute_passes"
+    )
+    p.forward.stream(2 * own * D * e + passes * sent, 4 + 8 * dropping)
+    p.backward.stream(2 * own * D * e + (passes + 1) * sent, 5 + 10 * dropping)
+    if dropping:  # each expert picks its tokens: a sort of the whole map
+        p.forward.stream(coefficient("sort_bytes") * own * E, 6)
     # padding every expert to a capacity goes with the plain exchange, which sends every copy
-    move = dispatch_seconds(x.links, own * D * e, x.ep, k, "tokendrop" not in x.job.flags)
-    shown = 0.2 if "ep_overlap" in x.job.flags else 1.0
+    move = dispatch_seconds(x.links, own * D * e, x.ep, k, not dropping)
+    # DualPipe runs one micro-batch's exchange beside another's products: that is what it is for
+    hides = "ep_overlap" in x.job.flags or x.job.layout.schedule == "dualpipev"
+    shown = 1.0 - coefficient("ep_overlap_hidden") if hides else 1.0
     p.forward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     p.backward.add("ep", 2 * move * shown, np.where(x.ep > 1, 2, 0))
     inner = 2 if model.gated_mlp else 1
@@ -568,7 +584,8 @@ def _head(x: _Context) -> _Passes:
     plain = replace(x, dtype=x.wide)
     _linear(plain, p, n, D, V / x.tp)
     logits = n * V / x.tp
-    fused = x.habits.fused_loss or x.job.compiled
+    # torchtitan compiles each block by itself; its head and loss stay eager (parallelize_llama.py, apply_compile)
+    fused = x.habits.fused_loss or (x.job.compiled and x.habits.name != "torchtitan")
     p.forward.stream(
         logits * coefficient("loss_forward_bytes_fused" if fused else "loss_forward_bytes"), 3 if fused else 9
     )
@@ -628,7 +645,7 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     block = _mean_block(x)
     saves = coefficient("host_checkpoint_seconds") if job.recompute == "full" else 0.0
     layer = {
-        "F": _with_host(block.forward, host, saves, _waits(job)),
+        "F": _with_host(block.forward, host, saves, _refilled(job)),
         "B": _with_host(block.backward, host),
         "R": _with_host(block.again, host, saves),
     }
@@ -644,15 +661,19 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     pp, M, chunks = c["pp"], c["micro_batches"], c["virtual_stages"]
     extra = model.mtp_layers
     n_layers = model.n_layers + model.n_encoder_layers
-    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks)
+    head = _sum(last, _scale(_sum(F, B, R, last), extra)) if extra else last
+    one = _total(_sum(F, B, R))
+    counted = habits.name == "megatron-deepspeed"
+    before, after = (1.0, 1.0) if counted else (_total(first) / one, _total(head) / one)
+    most, n_first, n_last = layers_of_stages(n_layers, pp, chunks, before, after)
+    held = _held(job, c, most)
 
-    sharded = _sharded_parameters(job, habits, c, links, speed, F, B, R, most)
+    sharded = _sharded_parameters(job, habits, c, links, speed, held, _total(F), _total(B) + _total(R))
     per_layer = _sum(F, B, R)
     if sharded is not None:
         per_layer = _sum(per_layer, sharded["layer"])
         first = _sum(first, sharded["ends"])
-    one = _total(per_layer)
-    head = _sum(last, _scale(_sum(per_layer, last), extra)) if extra else last
+        one = _total(per_layer)
     stages = [most * one, n_first * one + _total(first), n_last * one + _total(head)]
     single = pp == 1
     whole = n_layers * one + _total(first) + _total(head)
@@ -667,31 +688,32 @@ def step_time(job: Job, cluster: Cluster) -> StepTime:
     )
     sent = _hidden_bytes(job, c)
     send = np.where(pp > 1, 2 * chunks * send_seconds(links, sent, c["tp"] * c["cp"] * c["dp"]), 0.0)
-    send = send * np.where(chunks > 1, 1 - habits.overlap_parameters * 0.5, 1.0)
+    send = send * np.where(chunks > 1, 1 - habits.overlap_parameters * coefficient("interleaved_send_hidden"), 1.0)
     bubble = np.where(single, 0.0, bubble_seconds(lay.schedule, pp, chunks, slowest, whole + pp * send))
-    parts = {k: M * v for k, v in busy.items()}
+    slower = slowest_of(pp * c["tp"] * c["cp"] * c["dp"])
+    parts = {k: M * v * (slower if k in ("compute", "attention") else 1.0) for k, v in busy.items()}
     parts["pp_send"] = M * send
     parts["bubble"] = np.maximum(bubble - send, 0.0)
-    done = _data_parallel(job, habits, c, links, speed, _total(B) * most + _total(R) * most)
+    done = _data_parallel(job, habits, c, links, speed, held, (_total(B) + _total(R)) * most)
     parts = _sum(parts, done)
-    parts = _sum(parts, _update(job, habits, c, speed))
+    parts = _sum(parts, _update(job, habits, c, speed, held))
     seconds = _total(parts)
-    counted = flops(job)
+    work = flops(job)
     samples = np.broadcast_to(np.asarray(job.samples, dtype=float), shape)
 
     def out(value: Array) -> Array:
         return _shaped(value, shape)
 
-    model_flops = samples * counted.model
+    model_flops = samples * work.model
     notes = ("the network's speed is assumed: one 400 Gb/s adapter per accelerator",) if links.assumed else ()
     peak = cluster.accelerator.peak(product_dtype(cluster.accelerator, job.precision))
     total = out(seconds)
     return StepTime(
         total,
         {k: out(parts.get(k, 0.0) * np.ones(seconds.shape)) for k in PARTS},
-        _plain(model_flops), _plain(samples * counted.hardware), _plain(samples * counted.full_square),
+        _plain(model_flops), _plain(samples * work.hardware), _plain(samples * work.full_square),
         _plain(model_flops / (np.asarray(total) * peak * np.asarray(lay.ranks))),
-        {k: out(v) for k, v in _traffic(job, habits, c).items()},
+        {k: out(v) for k, v in _traffic(job, habits, c, held).items()},
         notes,
     )  # fmt: skip
 
@@ -700,10 +722,17 @@ def _distinct(table: Any) -> tuple[Any, Any]:
     """The table's distinct rows, and for each row which of them it is."""
     if len(table) == 1:
         return table, np.zeros(1, dtype=int)
-    code = np.zeros(len(table), dtype=np.int64)
-    for column in table.T:
-        values, place = np.unique(column, return_inverse=True)
-        code = code * len(values) + place.ravel()
+    whole = table.astype(np.int64)
+    size = whole.max(axis=0) + 1
+    if np.all(whole == table) and np.prod(size.astype(float)) < 2.0**62:  # one number says all: one sort
+        code = np.zeros(len(table), dtype=np.int64)
+        for column, n in zip(whole.T, size, strict=True):
+            code = code * n + column
+    else:
+        code = np.zeros(len(table), dtype=np.int64)
+        for column in table.T:
+            values, place = np.unique(column, return_inverse=True)
+            code = code * len(values) + place.ravel()
     _, chosen, where = np.unique(code, return_index=True, return_inverse=True)
     return table[chosen], where.ravel()
 
@@ -733,10 +762,12 @@ def _scale(parts: Mapping[str, Array], by: Array) -> dict[str, Array]:
     return {k: v * by for k, v in parts.items()}
 
 
-def _with_host(p: _Pass, host: float, fixed: float = 0.0, waits: bool = False) -> dict[str, Array]:
-    """Seconds by part; what the host takes beyond the device is overhead, all of it where the host ``waits``."""
-    needs = host * p.kernels + fixed
-    return {**p.seconds, "overhead": needs if waits else np.maximum(needs - p.total, 0.0)}
+def _with_host(p: _Pass, host: float, fixed: float = 0.0, refilled: float = 0.0) -> dict[str, Array]:
+    """Seconds by part; what the host takes beyond the device is overhead.
+
+    A host that waits for the device in the middle of a pass has to fill the queue again: so many kernels ``refilled``.
+    """
+    return {**p.seconds, "overhead": np.maximum(host * p.kernels + fixed - p.total, 0.0) + host * refilled}
 
 
 def _both(p: _Passes, host: float) -> dict[str, Array]:
@@ -754,11 +785,15 @@ def _graphed(job: Job) -> str:
     return "all" if graphs == "full_iteration" or not job.model.n_experts else "but experts"
 
 
-def _waits(job: Job) -> bool:
-    """Whether the host waits for the router: without a capacity it must read how many tokens an expert gets."""
-    return (
-        bool(job.model.n_experts) and "tokendrop" not in job.flags and job.flags.get("cuda_graph") != "full_iteration"
-    )
+def _refilled(job: Job) -> float:
+    """Kernels launched with nothing queued, after the host has read how many tokens an expert gets.
+
+    With a capacity it need not read; a graph of the whole step has no host in it.
+    """
+    graphs = _graphed(job)
+    if not job.model.n_experts or "tokendrop" in job.flags or graphs == "all":
+        return 0.0
+    return coefficient("host_restart_kernels_graphed" if graphs else "host_restart_kernels")
 
 
 def _host_seconds(job: Job, habits: Framework) -> float:
@@ -795,43 +830,66 @@ def _hidden_bytes(job: Job, c: Mapping[str, Array]) -> Array:
     return c["micro_batch"] * job.seq_len / c["cp"] * job.model.d_model * e / c["tp"]
 
 
-def _rank_parameters(job: Job, c: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Parameters of the fullest rank: those replicated over dp·cp, and its experts'."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Parameters of the fullest rank, before ZeRO shards them."""
+
+    layers: Array  # its decoder layers
+    layer: Array  # of one layer: what is replicated over dp·cp
+    layer_experts: Array  # and its experts
+    ends: Array  # tables
+
+    @property
+    def dense(self) -> Array:
+        return self.layers * self.layer + self.ends
+
+    @property
+    def experts(self) -> Array:
+        return self.layers * self.layer_experts
+
+
+def _held(job: Job, c: Mapping[str, Array], most: Array) -> _Held:
     model, m = job.model, matrices(job.model)
-    n_moe = model.n_moe_layers
-    experts = n_moe * model.n_experts * m.expert
-    every = parameters(model)
-    tables = model.vocab_size * model.d_model
-    body = every - experts - tables * (1 if model.tied_embeddings else 2)
-    pp = c["pp"]
-    ends = np.where(pp > 1, tables, tables * (1 if model.tied_embeddings else 2))
-    most, _, _ = layers_of_stages(model.n_layers + model.n_encoder_layers, pp, c["virtual_stages"])
-    share = most / (model.n_layers + model.n_encoder_layers)
-    return (body * share + ends) / c["tp"], experts * share / (c["ep"] * c["expert_tp"])
+    n_layers = model.n_layers + model.n_encoder_layers
+    experts = model.n_moe_layers * model.n_experts * m.expert
+    table = model.vocab_size * model.d_model
+    tables = table * (1 if model.tied_embeddings else 2)
+    body = (parameters(model) - experts - tables) / n_layers
+    ends = np.where(c["pp"] > 1, table, tables)
+    spread = c["ep"] * c["expert_tp"]
+    return _Held(most, body / c["tp"], experts / n_layers / spread if experts else 0.0, ends / c["tp"])
 
 
 def _sharded_parameters(
-    job: Job, habits: Framework, c: Mapping[str, Array], links: Wires, speed: Rates, F: Any, B: Any, R: Any, most: Array
+    job: Job,
+    habits: Framework,
+    c: Mapping[str, Array],
+    links: Wires,
+    speed: Rates,
+    held: _Held,
+    forward: Array,
+    backward: Array,
 ) -> dict[str, dict[str, Array]] | None:
     """What ZeRO-3 or FSDP adds to a layer and to the ends of one micro-batch; None where no layout is sharded so."""
     three = c["zero_stage"] >= 3
     if not np.any(three):
         return None
-    model = job.model
-    dense, experts = _rank_parameters(job, c)
-    tables = model.vocab_size * model.d_model * (1 if model.tied_embeddings else 2) / c["tp"]
-    one = np.maximum(dense - tables, 0.0) / most + experts / most
+    one, tables = held.layer + held.layer_experts, held.ends
     width = _gathered_bytes(job, habits)
     reduced = _reduced_bytes(job, habits)
     shards = np.where(c["fsdp"] > 1, c["fsdp"], c["dp"] * c["cp"])
     stride = c["tp"]
-    gather = collective_seconds(links, "all_gather", one * width, shards, stride)
-    scatter = collective_seconds(links, "reduce_scatter", one * reduced, shards, stride)
+    calls = habits.gather_calls
+    gather = calls * collective_seconds(links, "all_gather", one * width / calls, shards, stride)
+    scatter = calls * collective_seconds(links, "reduce_scatter", one * reduced / calls, shards, stride)
     replicas = c["dp"] * c["cp"] / shards
     summed = collective_seconds(links, "all_reduce", one * reduced / shards, replicas, stride * shards)
-    again = np.where(c["reshard_after_forward"] > 0, gather, 0.0)
-    forward, backward = _total(F), _total(B) + _total(R)
+    # parameter by parameter, a block made again lets go of what backward then gathers once more
+    times = 2 if calls > 1 and job.recompute == "full" else 1
+    again = np.where(c["reshard_after_forward"] > 0, times * gather, 0.0)
     hidden_forward, hidden_backward = np.minimum(gather, forward), np.minimum(again + scatter + summed, backward)
+    if not habits.overlap_gathers:
+        hidden_forward, hidden_backward = 0.0 * gather, 0.0 * gather
     slow = coefficient("network_sms") / speed.units
     shown = gather + again + scatter + summed - hidden_forward - hidden_backward
     shown = shown + slow * (hidden_forward + hidden_backward)
@@ -858,25 +916,30 @@ def _reduced_bytes(job: Job, habits: Framework) -> float:
 
 
 def _data_parallel(
-    job: Job, habits: Framework, c: Mapping[str, Array], links: Wires, speed: Rates, backward: Array
+    job: Job, habits: Framework, c: Mapping[str, Array], links: Wires, speed: Rates, held: _Held, backward: Array
 ) -> dict[str, Array]:
     """Gradients and parameters between replicas, once a step: ZeRO 0 to 2."""
-    dense, experts = _rank_parameters(job, c)
+    stage = c["zero_stage"]
+    if np.all(stage >= 3):
+        return {"dp": np.zeros(stage.shape)}
     g = _reduced_bytes(job, habits)
     width = 4.0 if job.precision == "fp32" else 2.0
     group, stride = c["dp"] * c["cp"], c["tp"]
-    expert_group = np.maximum(group * c["tp"] / (c["ep"] * c["expert_tp"]), 1)
-    stage = c["zero_stage"]
+    spread = c["ep"] * c["expert_tp"]
+    expert_group = np.maximum(group * c["tp"] / spread, 1)
+
+    def over_all(op: str, width: float) -> Array:
+        seconds = collective_seconds(links, op, held.dense * width, group, stride)
+        if job.model.n_experts:
+            seconds = seconds + collective_seconds(links, op, held.experts * width, expert_group, spread)
+        return seconds
+
+    zero, some = np.any(stage == 0), np.any(stage > 0)
     reduce = np.where(
-        stage == 0,
-        collective_seconds(links, "all_reduce", dense * g, group, stride)
-        + collective_seconds(links, "all_reduce", experts * g, expert_group, c["ep"] * c["expert_tp"]),
-        collective_seconds(links, "reduce_scatter", dense * g, group, stride)
-        + collective_seconds(links, "reduce_scatter", experts * g, expert_group, c["ep"] * c["expert_tp"]),
+        stage == 0, over_all("all_reduce", g) if zero else 0.0, over_all("reduce_scatter", g) if some else 0.0
     )
     reduce = np.where(stage == 2, reduce * c["micro_batches"], reduce)
-    gather = collective_seconds(links, "all_gather", dense * width, group, stride)
-    gather = gather + collective_seconds(links, "all_gather", experts * width, expert_group, c["ep"] * c["expert_tp"])
+    gather = over_all("all_gather", width) if some else 0.0
     gather = np.where((stage == 0), 0.0, gather)
     overlaps = habits.overlap_gradients if job.overlap_gradients is None else job.overlap_gradients
     slow = coefficient("network_sms") / speed.units
@@ -886,34 +949,31 @@ def _data_parallel(
     if habits.overlap_parameters:
         hidden = np.minimum(gather, backward / 2)
         gather = gather - hidden + slow * hidden
-    tied = np.where(
-        (c["pp"] > 1) & job.model.tied_embeddings,
-        collective_seconds(
-            links, "all_reduce", job.model.vocab_size * job.model.d_model / c["tp"] * g, 2, links.domain
-        ),
-        0.0,
-    )
+    # the first stage and the last hold a tied table each, and add their gradients
+    apart = stride * group * np.maximum(c["pp"] - 1, 1)
+    table = job.model.vocab_size * job.model.d_model / c["tp"] * g
+    shared = (c["pp"] > 1) & job.model.tied_embeddings
+    tied = np.where(shared, collective_seconds(links, "all_reduce", table, 2, apart), 0.0)
     return {"dp": np.where(stage >= 3, 0.0, reduce + gather + tied)}
 
 
-def _update(job: Job, habits: Framework, c: Mapping[str, Array], speed: Rates) -> dict[str, Array]:
+def _update(job: Job, habits: Framework, c: Mapping[str, Array], speed: Rates, held: _Held) -> dict[str, Array]:
     """The optimizer's kernels over what a rank owns."""
     if "fwd_bwd_only" in job.flags:
         return {"optimizer": np.zeros(c["dp"].shape)}
-    dense, experts = _rank_parameters(job, c)
+    dense, experts = held.dense, held.experts
     shards = np.where(c["fsdp"] > 1, c["fsdp"], c["dp"] * c["cp"])
     group = np.maximum(c["dp"] * c["cp"] * c["tp"] / (c["ep"] * c["expert_tp"]), 1)
     own = np.where(c["zero_stage"] > 0, dense / shards + experts / group, dense + experts)
     return {"optimizer": stream_seconds(speed, own * habits.optimizer_bytes, 40) + coefficient("step_seconds")}
 
 
-def _traffic(job: Job, habits: Framework, c: Mapping[str, Array]) -> dict[str, Array]:
+def _traffic(job: Job, habits: Framework, c: Mapping[str, Array], held: _Held) -> dict[str, Array]:
     """Bytes one rank sends in a step, by what they are for."""
     model = job.model
-    dense, experts = _rank_parameters(job, c)
+    dense, experts, most = held.dense, held.experts, held.layers
     e = 4 if job.precision == "fp32" else 2
     g, width = _reduced_bytes(job, habits), _gathered_bytes(job, habits)
-    most, _, _ = layers_of_stages(model.n_layers + model.n_encoder_layers, c["pp"], c["virtual_stages"])
     M, tp, cp, ep = c["micro_batches"], c["tp"], c["cp"], c["ep"]
     stream = c["micro_batch"] * job.seq_len / cp * model.d_model * e
     passes = 3 if job.recompute == "full" else 2

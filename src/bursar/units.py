@@ -30,6 +30,7 @@ __all__ = [
     "parse_count",
     "parse_rate",
     "parse_seconds",
+    "write_count",
 ]
 
 Number: TypeAlias = SupportsIndex | SupportsFloat  # numpy's integers are the first, its floats the second
@@ -197,6 +198,18 @@ def format_count(n: Number | None, digits: int = 3) -> str:
     return _scaled(n, digits, ("", "k", "M", "B", "T"), 1000, strip=True)
 
 
+def write_count(n: int) -> str:
+    """``n`` exactly, as short as `parse_count` reads it back.
+
+    >>> write_count(15 * 10**12), write_count(16_500_000), write_count(8192), write_count(2**24)
+    ('15T', '16.5M', '8192', '16777216')
+    """
+    for suffix, power in (("T", 12), ("B", 9), ("M", 6)):
+        if abs(n) >= 10**power and not n % 10 ** (power - 2):
+            return _plain(Decimal(n).scaleb(-power)) + suffix
+    return str(n)
+
+
 def format_flops(flops: Number | None) -> str:
     """FLOP to three significant digits; from 10²¹ on as a power of ten.
 
@@ -292,6 +305,8 @@ def format_usd(usd: Number | None) -> str:
 def _finite(value: Number | None) -> bool:
     if value is None:
         return False
+    if isinstance(value, float):  # before the protocols, which are slow to ask
+        return math.isfinite(value)
     if isinstance(value, SupportsIndex):
         return True  # an int of any size is finite, and float() of a large one raises
     return math.isfinite(float(value))
@@ -301,6 +316,8 @@ def _decimal(value: Number | Decimal | None) -> Decimal:
     """``value`` as a decimal: an integer exactly, a float by its shortest repr, which is what its writer meant."""
     if isinstance(value, Decimal):
         return value
+    if isinstance(value, float):
+        return Decimal(repr(float(value)))
     if isinstance(value, SupportsIndex):
         return Decimal(value.__index__())
     if isinstance(value, SupportsFloat):

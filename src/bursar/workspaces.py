@@ -61,8 +61,8 @@ def _flash(rows: list[Row]) -> Iterator[Workspace]:
         (_flash_bytes(r) for r in rows if r.op == "aten._scaled_dot_product_flash_attention_backward"), default=0
     )
     if most:
-        yield Workspace("flash attention's backward, the largest", most, True,
-                        "flash-attention csrc/flash_attn/flash_api.cpp, mha_bwd: dq_accum, softmax_d, dk_expanded")  # fmt: skip
+        source = "flash-attention csrc/flash_attn/flash_api.cpp, mha_bwd: dq_accum, softmax_d, dk_expanded"
+        yield Workspace("flash attention's backward, the largest", most, True, source)
 
 
 def _flash_bytes(row: Row) -> int:

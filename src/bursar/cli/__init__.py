@@ -35,6 +35,7 @@ COMMANDS = {
     "op": "One operation: FLOPs, bytes, what binds it, and with --measure its MFU here.",
     "validate": "Forecasts scored on tables of published runs.",
     "bench": "Measure this machine, once, so that --on local can forecast seconds on it.",
+    "ui": "The web page, on this machine only: memory, time, MFU, days and dollars as you move sliders.",
     "lecture": "The claims of the lecture notes, executed: notes say, bursar computes, verdict.",
     "probe": "Signal and gradient through every layer at initialisation, against theory.",
     "train": "The reference trainer: forecast, run, and both side by side.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from bursar.cli import common
 
@@ -18,9 +18,9 @@ def levers(
     optimizer: str = "adamw",
     attention: Literal["naive", "flash"] = "naive",
     only: str = "",
-    rank: int | None = None,
-    window: int | None = None,
-    density: float | None = None,
+    rank: int = 16,
+    window: int = 1024,
+    density: float = 0.01,
     json: common.Json = False,
     explain: common.Explain = False,
 ) -> None:
@@ -48,23 +48,21 @@ def levers(
     only:
         these levers and no others: checkpointing,zero-3
     rank:
-        of LoRA's matrices (16)
+        of LoRA's matrices
     window:
-        of windowed attention, in tokens (1024)
+        of windowed attention, in tokens
     density:
-        share of sparse gradients that is sent (0.01)
+        share of sparse gradients that is sent
     """
     from bursar.plan.levers import Settings
     from bursar.plan.levers import levers as measure
     from bursar.plan.request import device_of, model_of
 
+    named = [name.strip() for name in only.split(",") if name.strip()]
     shape, tokens = model_of(model, seq_len, 1024)
-    given = {
-        name: value for name, value in (("rank", rank), ("window", window), ("density", density)) if value is not None
-    }
     found = measure(
         shape, device_of(on), batch=batch_size, seq_len=tokens, precision=precision, optimizer=optimizer,
-        attention=attention, settings=Settings(**given), only=[n.strip() for n in only.split(",") if n.strip()],
+        attention=attention, settings=Settings(rank, window, density), only=named,
     )  # fmt: skip
     if json:
         common.print_json({"schema_version": 1, **found.record()})

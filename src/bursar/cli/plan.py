@@ -34,6 +34,7 @@ def plan(
     compile: Annotated[bool, Parameter(negative=())] = False,
     node: int | None = None,
     network: str | None = None,
+    every: Annotated[bool, Parameter(negative=())] = False,
     fits: Annotated[bool, Parameter(negative=())] = False,
     json: common.Json = False,
     explain: common.Explain = False,
@@ -90,6 +91,8 @@ def plan(
         accelerators of one node, where it is not the catalogue's
     network:
         of one node, one direction: 400GB/s
+    every:
+        show every layout, not the best of each division of the ranks alone
     fits:
         only whether anything fits: exit 1 where nothing does
     """
@@ -104,7 +107,7 @@ def plan(
     from bursar.plan.search import require, search
 
     with common.progress(f"laying out {model}"):
-        found = search(question, clusters, by, top)
+        found = search(question, clusters, by, top, distinct=not every)
     if json:
         common.print_json({"schema_version": 1, **found.record()})
     elif fits:

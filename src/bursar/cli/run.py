@@ -28,6 +28,14 @@ def run(
     days: float | None = None,
     budget: str | None = None,
     usd_per_gpu_hour: float | None = None,
+    batch_tokens: str | None = None,
+    pue: float | None = None,
+    goodput: Annotated[bool, Parameter(negative=())] = False,
+    failures_per_gpu_hour: float | None = None,
+    checkpoint_seconds: float | None = None,
+    interval_seconds: float | None = None,
+    restart_seconds: float | None = None,
+    optimal: Annotated[bool, Parameter(negative=())] = False,
     json: common.Json = False,
     explain: common.Explain = False,
 ) -> None:
@@ -66,7 +74,29 @@ def run(
         US dollars
     usd_per_gpu_hour:
         price
+    batch_tokens:
+        tokens of one optimizer step: how many steps the run has (16M)
+    pue:
+        what the building uses over what its machines do (1.0)
+    goodput:
+        with failures: what of the time is kept work, and how often to write a checkpoint
+    failures_per_gpu_hour:
+        with --goodput: interruptions (2e-5, Llama 3's on 16 384 H100)
+    checkpoint_seconds:
+        with --goodput: to write one checkpoint (14 bytes per parameter at Llama 3's storage)
+    interval_seconds:
+        with --goodput: between two checkpoints (Daly's best)
+    restart_seconds:
+        with --goodput: from a failure to the next step (600)
+    optimal:
+        the model and tokens that Chinchilla's law would spend these FLOPs on
     """
+    failing = {
+        "failures_per_gpu_hour": failures_per_gpu_hour, "checkpoint_seconds": checkpoint_seconds,
+        "interval_seconds": interval_seconds, "restart_seconds": restart_seconds,
+    }  # fmt: skip
+    if not goodput and any(value is not None for value in failing.values()):
+        raise BadInput(f"{', '.join(k for k, v in failing.items() if v is not None)} go with --goodput; add it")
     if model is not None:
         if params is not None or flops is not None:
             raise BadInput("the model says the parameters; drop --params and --flops, or drop the model")
@@ -85,14 +115,25 @@ def run(
         days=days,
         budget_usd=None if budget is None else _dollars(budget),
         usd_per_gpu_hour=usd_per_gpu_hour,
+        batch_tokens=batch_tokens,
+        pue=pue,
     )
+    from bursar.goodput import goodput as kept
+    from bursar.scaling import optimal as best
+
+    left = kept(answer.seconds, answer.gpus, answer.parameters, **failing) if goodput else None
+    split = best(answer.flops) if optimal else None
     common.warn(answer.warnings)
     if json:
-        common.print_json({"schema_version": 1, **answer.record()})
+        more = (
+            {} if left is None else {"goodput": left.record(), "assumptions": [*answer.assumptions, *left.assumptions]}
+        )
+        more |= {} if split is None else {"optimal": split.record()}
+        common.print_json({"schema_version": 1, **answer.record(), **more})
         return
     from bursar.report.run import render
 
-    common.print_page(*render(answer, explain=explain))
+    common.print_page(*render(answer, left, split, explain=explain))
 
 
 def _parameters(model: str) -> int:

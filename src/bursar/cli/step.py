@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from bursar.cli import common
-from bursar.errors import BadInput
+from bursar.errors import BadInput, StepFailed
 
 if TYPE_CHECKING:
     from bursar.ledger import Ledger
@@ -30,6 +32,7 @@ def step(
     on: str | None = None,
     layout: str | None = None,
     zero_grad: str = "none",
+    scratch: str = "asked",
     gradients: Annotated[bool, Parameter(negative=())] = False,
     measure: Annotated[bool, Parameter(negative=())] = False,
     benchmark: bool = True,
@@ -70,9 +73,12 @@ def step(
         an accelerator (h100-sxm), several as data-parallel ranks (8xh100-sxm), cpu for the CPU backend's ops, or local
         for this machine as bursar bench measured it
     layout:
-        how the ranks share the work: dp=N; others come with the planner
+        how the ranks share the work: dp=N (bursar plan prices the others)
     zero_grad:
         what becomes of gradients after the update: none (freed) or zeros (kept, filled with zeros)
+    scratch:
+        with --on cpu, what a kernel takes for itself: asked (each of oneDNN's is called once, on zeros), formula (nothing
+        is called) or none
     gradients:
         per layer, the FLOPs of forward, dX and dW with shapes and formula
     measure:
@@ -103,21 +109,22 @@ def step(
         html=html, perfetto=perfetto, parquet=parquet, csv=csv, markdown=markdown, snapshot=snapshot, plot=plot
     )
     asked = _asked(model, batch_size=batch_size, seq_len=seq_len, precision=precision, optimizer=optimizer,
-                   recompute=recompute, accumulate=accumulate, on=on, layout=layout, zero_grad=zero_grad,
+                   recompute=recompute, accumulate=accumulate, on=on, layout=layout, zero_grad=zero_grad, scratch=scratch,
                    gradients=gradients, measure=measure)  # fmt: skip
     on = _with_layout(on, layout)
     if measure:
-        _measured(
-            model,
-            {"batch_size": batch_size, "seq_len": seq_len},
-            {"precision": precision, "optimizer": optimizer, "recompute": recompute, "accumulate": accumulate,
-             "zero_grad": zero_grad},
-            on,
-            json,
-            files,
-            asked,
-            benchmark,
-        )  # fmt: skip
+        with _unfinished(json):
+            _measured(
+                model,
+                {"batch_size": batch_size, "seq_len": seq_len},
+                {"precision": precision, "optimizer": optimizer, "recompute": recompute, "accumulate": accumulate,
+                 "zero_grad": zero_grad},
+                on,
+                json,
+                files,
+                asked,
+                benchmark,
+            )  # fmt: skip
         return
     if on == "local":
         _calibrated()
@@ -134,7 +141,9 @@ def step(
             accumulate=accumulate,
             on=on,
             zero_grad=zero_grad,
+            scratch=scratch,
         )
+        forecast: Forecast | None
         if on == "local":
             from bursar import bench
 
@@ -164,7 +173,7 @@ def _files(**paths: Path | None) -> dict[str, Path]:
 
 def _asked(model: str, **flags: Any) -> str:
     """The command that asks for the same again; flags left at what they are without being given stand not in it."""
-    unset = {"precision": "fp32", "recompute": "none", "accumulate": 1, "zero_grad": "none"}
+    unset = {"precision": "fp32", "recompute": "none", "accumulate": 1, "zero_grad": "none", "scratch": "asked"}
     given = {flag.replace("_", "-"): value for flag, value in flags.items()
              if value is not None and value is not False and value != unset.get(flag)}  # fmt: skip
     words = [f"--{flag}" + ("" if value is True else f" {shlex.quote(str(value))}") for flag, value in given.items()]
@@ -198,7 +207,7 @@ def _measured(
     with common.progress(f"measuring {model}"):
         import torch
 
-        from bursar.meter.measured import measure
+        from bursar.meter.guard import measure
         from bursar.reconcile import reconcile
         from bursar.workload.resolve import resolve
         from bursar.workload.step import step as trace
@@ -239,6 +248,21 @@ def _calibrated() -> None:
     store.load(machine.current(torch.get_num_threads(), name))
 
 
+@contextlib.contextmanager
+def _unfinished(json: bool) -> Iterator[None]:
+    """Print what was measured of a step that came to no end, before its error ends the command."""
+    try:
+        yield
+    except StepFailed as failed:
+        from bursar.report import unfinished as page
+
+        if json:
+            common.print_json(page.record(failed.ledger, failed.unfinished))
+        else:
+            common.print_page(*page.render(failed.ledger, failed.unfinished))
+        raise
+
+
 def _with_layout(on: str | None, layout: str | None) -> str | None:
     """``--on`` with the data-parallel ranks of ``--layout``. Raises BadInput for layouts that are not counted yet."""
     if layout is None:
@@ -250,7 +274,7 @@ def _with_layout(on: str | None, layout: str | None) -> str | None:
     parts = dict(part.partition("=")[::2] for part in layout.split(","))
     unknown = [name for name in parts if name != "dp"]
     if unknown:
-        raise BadInput(f"layout {unknown[0]!r} is not counted yet; step knows dp=N")
+        raise BadInput(f"layout {unknown[0]!r} is not counted yet; step knows dp=N, bursar plan --layout the others")
     given = cluster(on)
     if not parts["dp"].isdecimal() or int(parts["dp"]) != given.count:
         raise BadInput(

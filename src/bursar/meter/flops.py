@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bursar import rules
+from bursar.meter.guard import note
 from bursar.trace.recorder import Recorder, _OpInfo
 
 
@@ -31,3 +32,8 @@ class FlopMeter(TorchDispatchMode):
             self.model += 0 if again else work.flops
             self.hardware += work.flops + work.recompute_flops
         return out
+
+    def __exit__(self, kind: Any, error: Any, where: Any) -> None:
+        super().__exit__(kind, error, where)  # type: ignore[no-untyped-call]
+        if kind is None:
+            note(model_flops=self.model, hardware_flops=self.hardware)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from bursar.meter.guard import note
 from bursar.workload.optimizers import inner
 
 
@@ -29,6 +30,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats()
             yield
             self.bytes = torch.cuda.max_memory_allocated()
+            note(peak_bytes=self.bytes)
             return
         before = n_bytes(standing)
         run = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -43,6 +45,7 @@ class PeakMeter:
         found = [(e.start_ns(), e.nbytes()) for e in kineto.kineto_results.events() if e.name() == "[memory]"]
         changes = [change for _, change in sorted(found, key=lambda event: event[0])]
         self.bytes = int(before + max(0, *np.cumsum([0, *changes])))
+        note(peak_bytes=self.bytes)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """The 80 % interval of a forecast: how far those of published runs were off. No fit of the forecast itself.
 
 `catalog/errors.toml` keeps, for each table of published runs and each kind of run in it, quantiles of
-log(measured / forecast). A forecast's interval is the 10 % and 90 % quantile of those of its kind, every table weighing
-the same, so that one table of many rows is one voice. Where a table is scored, its own errors are left out.
+log(measured / forecast). A forecast's interval is that of a run in a table nobody has seen yet: the spread within
+tables and the spread between them, every table one voice whatever its length, those of the forecast's kind louder.
+Where a table is scored, its own errors are left out.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from bursar.jobs import Job
 
 COVERAGE = 0.8
 LEVELS = tuple(i / 20 for i in range(21))  # the quantiles kept of each group's errors
-SAME_KIND, SAME_GENERATION = 4.0, 2.0  # how much more a group weighs that is of the forecast's kind, of its GPUs' age
+SAME_KIND, SAME_GENERATION = 2.0, 2.0  # how much more a group weighs that is of the forecast's kind, of its GPUs' age
+UNSEEN = 1.5  # how much wider where no table has runs of its kind on GPUs of its age
 LEAST_HALF_WIDTH = 0.02  # no table of measurements repeats itself better
+NORMAL_90 = 1.2816  # standard deviations to the 90 % quantile
+_AT_10, _AT_50, _AT_90 = 2, 10, 18  # places in LEVELS
 UNKNOWN = (0.5, 1.5)  # where no published run is of any use
 
 
@@ -82,22 +86,30 @@ def factors(job: Job, cluster: Cluster, target: str, without: str = "", known: S
     """
     mine, age = kind(job), generation(cluster)
     groups = [e for e in (known or published()) if e.target == target and e.table != without]
+    if not groups and target == "steady_memory":  # what is kept between steps is part of what is held at the peak
+        return factors(job, cluster, "peak_memory", without, known)
     if not groups:
         return Factors(*UNKNOWN, (), 0)
-    per_table: dict[str, list[tuple[Errors, float]]] = {}
+    rows_of: dict[str, int] = {}
     for e in groups:
-        likeness = (SAME_KIND if e.kind == mine else 1.0) * (SAME_GENERATION if e.generation == age else 1.0)
-        per_table.setdefault(e.table, []).append((e, likeness))
-    values, weights = [], []
-    for entries in per_table.values():
-        rows = sum(e.rows for e, _ in entries)
-        for e, likeness in entries:
-            values += e.log_errors
-            weights += [likeness * e.rows / rows] * len(e.log_errors)
-    low, high = (_quantile(values, weights, q) for q in ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2))
+        rows_of[e.table] = rows_of.get(e.table, 0) + e.rows
+    weight = np.array([
+        (SAME_KIND if e.kind == mine else 1.0) * (SAME_GENERATION if e.generation == age else 1.0) * e.rows
+        / rows_of[e.table]
+        for e in groups
+    ])  # fmt: skip
+    weight = weight / weight.sum()
+    middle = np.array([e.log_errors[_AT_50] for e in groups])
+    spread = np.array([(e.log_errors[_AT_90] - e.log_errors[_AT_10]) / (2 * NORMAL_90) for e in groups])
+    voices = 1 / float(np.sum(weight**2))
+    mean = float(weight @ middle)
+    between = float(weight @ (middle - mean) ** 2) * voices / max(voices - 1, 0.5)
+    deviation = math.sqrt(float(weight @ spread**2) + between * (1 + 1 / voices))
+    seen = any(e.kind == mine and e.generation == age for e in groups)
+    half = max(NORMAL_90 * deviation * (1.0 if seen else UNSEEN), LEAST_HALF_WIDTH)
     return Factors(
-        math.exp(min(low, -LEAST_HALF_WIDTH)), math.exp(max(high, LEAST_HALF_WIDTH)), tuple(sorted(per_table)),
-        sum(e.rows for e in groups),
+        math.exp(min(mean - half, -LEAST_HALF_WIDTH)), math.exp(max(mean + half, LEAST_HALF_WIDTH)),
+        tuple(sorted(rows_of)), sum(rows_of.values()),
     )  # fmt: skip
 
 
@@ -123,11 +135,3 @@ def as_toml(errors: Iterable[Errors]) -> str:
         lines += ["", "[[errors]]", *(f'{k} = "{v}"' for k, v in text.items())]
         lines += [f"rows = {e.rows}", f"log_errors = [{', '.join(f'{x:.4g}' for x in e.log_errors)}]"]
     return "\n".join(lines) + "\n"
-
-
-def _quantile(values: Sequence[float], weights: Sequence[float], q: float) -> float:
-    """The weighted quantile, between neighbours by straight lines."""
-    order = np.argsort(values, kind="stable")
-    v, w = np.asarray(values, float)[order], np.asarray(weights, float)[order]
-    at = (np.cumsum(w) - w / 2) / w.sum()
-    return float(np.interp(q, at, v))

@@ -18,6 +18,8 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final
 
+import numpy as np
+
 from bursar.errors import BadInput, UnknownName
 from bursar.frameworks import framework
 from bursar.hardware import Cluster
@@ -25,11 +27,14 @@ from bursar.jobs import Decoder, Job, Layout
 from bursar.rank_memory import rank_memory
 from bursar.step_time import parameters, step_time
 
-FRAMEWORK: Final = "fsdp"  # PyTorch as it comes: autocast over fp32 parameters, gradients and states; DDP or FSDP
+FRAMEWORK: Final = "fsdp"  # fp32 parameters, gradients and states, 16-bit products; as PyTorch's DDP and FSDP have it
 CHUNKS: Final = 8  # pieces a loss is cut into
 RANK: Final = 16  # of LoRA's matrices: Hu et al. 2021 (arXiv:2106.09685), table 18, from 1 to 64
 WINDOW: Final = 1024  # tokens
 DENSITY: Final = 0.01  # share of the gradients sent: Aji and Heafield 2017 (arXiv:1704.05021)
+HOST_ADAM_BYTES: Final = 28  # per parameter: gradient, parameter and two moments read, three of them written, fp32
+SOCKET_BYTES_PER_S: Final = 100e9  # what one of the host's sockets sustains, and a host of two: assumed
+HOST_BYTES_PER_S: Final = 200e9
 INDEX_BYTES: Final = 4  # of one sent gradient's place
 
 
@@ -52,18 +57,19 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A job with factors on the parts of its memory and time, and bytes that cross to the host."""
+    """A job with factors on the parts of its time, and what the host takes."""
 
     job: Job
-    memory: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     time: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}), hash=False)
-    host_bytes: float = 0.0  # of one step, of one rank
+    host_seconds: float = 0.0  # of one step: bytes to the host and back, and the update there
     residual_bytes: float = 0.0  # what a lever keeps beside
     wire: float = 1.0  # factor on the bytes of gradients
 
-    def scaled(self, memory: Mapping[str, float] | None = None, time: Mapping[str, float] | None = None) -> Case:
-        """With more factors: those of one part multiply."""
-        return replace(self, memory=_times(self.memory, memory or {}), time=_times(self.time, time or {}))
+    def flagged(self, time: Mapping[str, float] | None = None, **flags: float) -> Case:
+        """With flags of the job that `rank_memory` knows, and factors on parts of the time, which multiply."""
+        said = {name: f"{value:.12g}" for name, value in flags.items()}
+        both = {name: self.time.get(name, 1.0) * (time or {}).get(name, 1.0) for name in {**self.time, **(time or {})}}
+        return replace(self, job=replace(self.job, flags={**self.job.flags, **said}), time=MappingProxyType(both))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +138,9 @@ def _half(case: Case, _: Cluster, __: Settings) -> Case | str:
 
 
 def _bf16(case: Case, _: Cluster, __: Settings) -> Case | str:
-    habits = framework(case.job.framework)
     if case.job.precision == "fp32":
         return "the products are fp32; choose --precision bf16 first"
-    return case.scaled(
-        {
-            "parameters": 2 / habits.parameter_bytes,
-            "gradients": 2 / habits.gradient_bytes.get(case.job.precision, 4.0),
-            "optimizer_state": 4 / habits.state_bytes,
-        },
-        {"optimizer": 0.5},
-    )
+    return case.flagged({"optimizer": 0.5}, bf16_states=1)
 
 
 def _eight_bit(case: Case, _: Cluster, __: Settings) -> Case | str:
@@ -151,12 +149,16 @@ def _eight_bit(case: Case, _: Cluster, __: Settings) -> Case | str:
     return replace(case, job=replace(case.job, optimizer="adamw-8bit"))
 
 
+def _fused_update(case: Case, _: Cluster, __: Settings) -> Case | str:
+    return case.flagged(fused_update=1)
+
+
 def _fused_loss(case: Case, _: Cluster, __: Settings) -> Case | str:
-    return replace(case, job=replace(case.job, flags={**case.job.flags, "fused_cross_entropy": "1"}))
+    return case.flagged(logit_bytes=4)  # the logits and their gradient, 16 bit each
 
 
 def _chunked_loss(case: Case, _: Cluster, settings: Settings) -> Case | str:
-    return case.scaled({"logits": 1 / settings.chunks})
+    return case.flagged(loss_chunks=settings.chunks)
 
 
 def _zero(stage: int) -> Callable[[Case, Cluster, Settings], Case | str]:
@@ -171,20 +173,19 @@ def _zero(stage: int) -> Callable[[Case, Cluster, Settings], Case | str]:
 def _offload(case: Case, on: Cluster, __: Settings) -> Case | str:
     if on.accelerator.pcie_bytes_per_s is None:
         return f"the catalogue has no link from {on.accelerator.name} to its host"
-    shards = on.count if int(case.job.layout.zero_stage) >= 1 else 1
-    crossing = 2 * 2 * parameters(case.job.model) / shards  # bf16 gradients down, bf16 parameters up
-    return replace(case.scaled({"optimizer_state": 0.0}, {"optimizer": 0.0}), host_bytes=case.host_bytes + crossing)
+    own = parameters(case.job.model) / (on.count if int(case.job.layout.zero_stage) >= 1 else 1)
+    crossing = 2 * 2 * own  # bf16 gradients down, bf16 parameters up
+    moved = HOST_ADAM_BYTES * own
+    here = min(on.count, on.node_size)
+    update = max(moved / SOCKET_BYTES_PER_S, moved * here / HOST_BYTES_PER_S)
+    more = crossing / on.accelerator.pcie_bytes_per_s + update
+    return replace(case.flagged({"optimizer": 0.0}, offload_states=1), host_seconds=case.host_seconds + more)
 
 
 def _lora(case: Case, _: Cluster, settings: Settings) -> Case | str:
     share = lora_parameters(case.job.model, settings.rank) / parameters(case.job.model)
-    habits = framework(case.job.framework)
-    frozen = 2 / habits.parameter_bytes  # the base in 16 bit
-    return case.scaled(
-        {"parameters": frozen * (1 - share) + share, "gradients": share, "optimizer_state": share},
-        # of three products forward, dX, dW the last is gone, but for the small matrices'
-        {"compute": (2 + share) / 3, "optimizer": share},
-    )
+    # of three products forward, dX, dW the last is gone, but for the small matrices'
+    return case.flagged({"compute": (2 + share) / 3, "optimizer": share, "dp": share}, trainable=share)
 
 
 def _compile(case: Case, _: Cluster, __: Settings) -> Case | str:
@@ -198,7 +199,7 @@ def _sparse(case: Case, on: Cluster, settings: Settings) -> Case | str:
         return "sharded gradients are reduce-scattered; a sparse all-gather would undo it"
     factor = settings.density / break_even_density(case.job, on)
     kept = parameters(case.job.model) * framework(case.job.framework).gradient_bytes.get(case.job.precision, 4.0)
-    return replace(case.scaled(time={"dp": factor}), wire=case.wire * factor, residual_bytes=case.residual_bytes + kept)
+    return replace(case.flagged({"dp": factor}), wire=case.wire * factor, residual_bytes=case.residual_bytes + kept)
 
 
 def _compress(case: Case, on: Cluster, __: Settings) -> Case | str:
@@ -207,7 +208,7 @@ def _compress(case: Case, on: Cluster, __: Settings) -> Case | str:
     factor = 2 / framework(case.job.framework).gradient_bytes.get(case.job.precision, 4.0)
     if factor >= 1:
         return "gradients are 16 bit already"
-    return replace(case.scaled(time={"dp": factor}), wire=case.wire * factor)
+    return replace(case.flagged({"dp": factor}), wire=case.wire * factor)
 
 
 LEVERS: Final = (
@@ -221,18 +222,21 @@ LEVERS: Final = (
     Lever("accumulation", "micro-batches of 1, the same batch", "batch", _accumulate, "the sum of a step's gradients"),
     Lever("bf16-states", "parameters, gradients and states in bf16", "states", _bf16,
           "2 + 2 + 4 bytes per parameter in place of 4 + 4 + 8"),
-    Lever("8bit-states", "Adam's two moments in 8 bits", "states", _eight_bit,
+    Lever("8bit-states", "Adam's two moments in 8 bits", "moments", _eight_bit,
           "Dettmers et al. 2021 (arXiv:2110.02861)"),
+    Lever("fused-optimizer", "an update in one kernel, without temporaries", "moments", _fused_update,
+          "torch.optim.AdamW(fused=True); its default works on lists of tensors and makes one more of them"),
     Lever("fused-loss", "cross-entropy without fp32 copies of the logits", "loss", _fused_loss,
-          "Hsu et al. 2024 (arXiv:2410.10989)"),
+          "Hsu et al. 2024 (arXiv:2410.10989): the gradient in the logits' place"),
     Lever("chunked-loss", "logits by pieces, never all of them", "loss", _chunked_loss,
           "Hsu et al. 2024 (arXiv:2410.10989); Wijmans et al. 2024 (arXiv:2411.09009)"),
     Lever("zero-1", "states sharded over the devices", "zero", _zero(1), "Rajbhandari et al. 2020, section 5.1"),
     Lever("zero-2", "and gradients", "zero", _zero(2), "Rajbhandari et al. 2020, section 5.2"),
     Lever("zero-3", "and parameters (FSDP)", "zero", _zero(3), "Rajbhandari et al. 2020, section 5.3"),
     Lever("cpu-offload", "states and their update on the host", "offload", _offload,
-          "Ren et al. 2021 (arXiv:2101.06840); the host's own Adam is not counted"),
-    Lever("compile", "elementwise kernels fused", "compile", _compile, "torch.compile: FLOPs stay; what it saves of memory is not counted"),
+          "Ren et al. 2021 (arXiv:2101.06840); the host's memory at 200 GB/s, assumed"),
+    Lever("compile", "elementwise kernels fused", "compile", _compile,
+          "torch.compile: FLOPs stay; what it saves of memory is not counted"),
     Lever("smaller-batch", "half the micro-batch, half the tokens of a step", "batch", _half,
           "activations are linear in it", same_mathematics=False),
     Lever("windowed-attention", "each token sees the last W", "attention", _window,
@@ -289,13 +293,9 @@ def _time(job: Job, on: Cluster) -> Any:
 
 def held(case: Case, on: Cluster) -> tuple[float, float, dict[str, float]]:
     """Peak and device bytes of the fullest rank, and the peak's parts."""
-    found = _memory(case.job, on)
-    parts = {name: float(n) * case.memory.get(name, 1.0) for name, n in found.parts.items()}
-    if case.residual_bytes:
-        parts["residual"] = case.residual_bytes
-    peak = sum(parts.values())
-    beside = float(found.device_bytes) - float(found.reserved_bytes)
-    return peak, peak * float(found.reserved_bytes) / float(found.peak_bytes) + beside, parts
+    found, more = _memory(case.job, on), case.residual_bytes
+    parts = {name: float(n) for name, n in found.parts.items()} | ({"residual": more} if more else {})
+    return float(found.peak_bytes) + more, float(found.device_bytes) + more, parts
 
 
 def measure(case: Case, on: Cluster) -> Outcome:
@@ -303,8 +303,7 @@ def measure(case: Case, on: Cluster) -> Outcome:
     peak, device, parts = held(case, on)
     took = _time(case.job, on)
     seconds = sum(float(s) * case.time.get(name, 1.0) for name, s in took.parts.items())
-    if case.host_bytes:
-        seconds += case.host_bytes / (on.accelerator.pcie_bytes_per_s or 1.0)
+    seconds += case.host_seconds
     return Outcome(peak, device, seconds, int(case.job.tokens), parts, float(took.collectives["dp"]) * case.wire)
 
 
@@ -448,19 +447,20 @@ def levers(
         after = row.apply(base, on, settings)
         alone.append(Pulled(row, None, after) if isinstance(after, str) else Pulled(row, measure(after, on)))
     usable = on.accelerator.usable_bytes
-    sets = [(pull(base, chosen, on, settings), chosen) for chosen in _sets(base, rows, on, settings)]
-    sized = [(held(case, on)[1], case, chosen) for case, chosen in sets]
-    fitting = [(measure(case, on), chosen) for device, case, chosen in sized if device <= usable]
+    sets = list(_sets(base, rows, on, settings))
+    device, token_seconds = _priced([pull(base, chosen, on, settings) for chosen in sets], on)
+    names = [tuple(row.name for row in chosen) for chosen in sets]
+    unhurried = np.round(token_seconds / measure(base, on).token_seconds, 6)  # what differs by less is as cheap
+
+    def named_set(i: int) -> Set:
+        return Set(names[i], measure(pull(base, sets[i], on, settings), on))
+
+    fitting = [i for i in range(len(sets)) if device[i] <= usable]
     cheapest = fewest = None
     if fitting:
-        found = min(
-            fitting, key=lambda x: (round(x[0].token_seconds / base_time(base, on), 6), len(x[1]), x[0].device_bytes)
-        )
-        cheapest = Set(tuple(row.name for row in found[1]), found[0])
-        found = min(fitting, key=lambda x: (len(x[1]), x[0].token_seconds))
-        fewest = Set(tuple(row.name for row in found[1]), found[0])
-    _, case, chosen = min(sized, key=lambda x: (x[0], len(x[2])))
-    together = Set(tuple(row.name for row in chosen), measure(case, on))
+        cheapest = named_set(min(fitting, key=lambda i: (unhurried[i], len(sets[i]), device[i])))
+        fewest = named_set(min(fitting, key=lambda i: (len(sets[i]), unhurried[i])))
+    together = named_set(min(range(len(sets)), key=lambda i: (device[i], len(sets[i]))))
     named = {"base": (), "cheapest": None if cheapest is None else cheapest.names, "together": together.names}
     largest = {
         name: _largest(job, [lever(n) for n in names], on, settings)
@@ -473,14 +473,43 @@ def levers(
         (
             f"without levers: fp32 parameters, gradients and states, {precision} products, {attention} attention, "
             f"{optimizer}, data parallel over {on.count}",
+            "cpu-offload: an update at 200 GB/s of the host's memory, assumed; it hides behind nothing",
             *on.accelerator.assumptions,
         ),
     )  # fmt: skip
 
 
-def base_time(case: Case, on: Cluster) -> float:
-    """Seconds per token of a case."""
-    return measure(case, on).token_seconds
+def _priced(cases: Sequence[Case], on: Cluster) -> tuple[Any, Any]:
+    """Device bytes and seconds per token of each case: those that differ in what may be an array are one call."""
+    device, seconds = np.zeros(len(cases)), np.zeros(len(cases))
+    alike: dict[Job, list[int]] = {}
+    timed: dict[Job, list[int]] = {}
+    for i, case in enumerate(cases):
+        job = replace(
+            case.job, layout=replace(case.job.layout, zero_stage=0), micro_batch=1, micro_batches=1, compiled=False
+        )
+        alike.setdefault(job, []).append(i)
+        timed.setdefault(replace(job, flags={}, compiled=case.job.compiled), []).append(i)
+    for groups, into in ((alike, device), (timed, seconds)):
+        for job, where in groups.items():
+            at = np.array(where)
+            jobs = [cases[i].job for i in where]
+            many = replace(
+                job,
+                layout=replace(job.layout, zero_stage=np.array([int(x.layout.zero_stage) for x in jobs])),
+                micro_batch=np.array([int(x.micro_batch) for x in jobs]),
+                micro_batches=np.array([int(x.micro_batches) for x in jobs]),
+            )
+            if into is device:
+                more = np.array([cases[i].residual_bytes for i in where])
+                into[at] = np.broadcast_to(rank_memory(many, on).device_bytes, at.shape) + more
+                continue
+            took = step_time(many, on)
+            for name, part in took.parts.items():
+                into[at] += np.broadcast_to(part, at.shape) * np.array([cases[i].time.get(name, 1.0) for i in where])
+            into[at] += np.array([cases[i].host_seconds for i in where])
+            into[at] /= np.asarray(many.tokens)
+    return device, seconds
 
 
 def _sets(base: Case, rows: Sequence[Lever], on: Cluster, settings: Settings) -> Iterator[tuple[Lever, ...]]:
@@ -532,7 +561,3 @@ def _most(fits: Callable[[int], bool], limit: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _times(known: Mapping[str, float], more: Mapping[str, float]) -> Mapping[str, float]:
-    return MappingProxyType({name: known.get(name, 1.0) * more.get(name, 1.0) for name in {**known, **more}})

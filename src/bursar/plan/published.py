@@ -9,13 +9,17 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from bursar.errors import BadInput, UnknownName
 from bursar.frameworks import Framework, framework
 from bursar.hardware import Cluster, accelerator
 from bursar.jobs import PRECISIONS, RECOMPUTE, Decoder, Job, Latent, Layout
+from bursar.rank_memory import fits
+from bursar.step_time import step_time
 
 FILE = "runs.csv"
 REQUIRED = ("id", "table", "role", "gpu", "n_gpus", "framework")
@@ -26,14 +30,17 @@ _VOCABULARIES = {  # where Megatron's CI does not print one; tests/functional_te
     "bert": 28996 + 2,  # bert-large-cased, begin and end
     "t5": 28996 + 2 + 100,  # and --vocab-extra-ids 100
     "release": 256000,  # nemotron_2_256k
+    "mixtral_8x22b": 32000,  # Llama2Tokenizer
+    "mixtral_8x7b_tp1": 32000,
+    "nemotron3": 131072,
 }
 _LAYERS = 24
 _GPU = "a100-80g-sxm"  # where a source prints none: what most rows ran on
 _RECOMPUTE = {"full_uniform": "full", "full_block": "full", "": ""}
 
 
-class NoForecast(BadInput):
-    """Nothing can be forecast for a row, though every cell of it can be read."""
+class BadCell(BadInput):
+    """A cell that cannot be read; any other BadInput is about a run that can be read and not forecast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +88,32 @@ def run(row: Mapping[str, str | None]) -> Run:
         try:
             job = _job(cell, flags)
             where = _cluster(cell, job)
-        except (UnknownName, NoForecast) as error:
+            if not any(cell.text(name) for name in ("micro_batch", "grad_accumulation")):
+                job = _with_micro_batch(job, where, cell)
+        except BadCell:
+            raise
+        except (UnknownName, BadInput) as error:
             job, skip = None, str(error)
-    fits = cell.text("fits")
+    ran = cell.text("fits")
     return Run(
         cell.text("id"), cell.text("table"), cell.text("role") or "score", job, where,
         cell.number("measured_step_seconds"), cell.number("measured_peak_bytes"), cell.number("steady_bytes"),
-        cell.text("peak_kind"), None if fits == "" else fits == "1", skip, tuple(cell.assumed), flags,
+        cell.text("peak_kind"), None if ran == "" else ran == "1", skip, tuple(cell.assumed), flags,
     )  # fmt: skip
+
+
+def _with_micro_batch(job: Job, where: Cluster, cell: _Cells) -> Job:
+    """``job`` with the micro-batch its authors would have found: the quickest by forecast that fits, a power of two.
+
+    What is published was tuned. Where none fits, the smallest.
+    """
+    samples = int(job.micro_batch * job.micro_batches)
+    sizes = np.array([b for b in (2**i for i in range(8)) if samples % b == 0])
+    tried = replace(job, micro_batch=sizes, micro_batches=samples // sizes)
+    seconds = np.where(fits(tried, where), step_time(tried, where).seconds, np.inf)
+    best = int(np.argmin(seconds))  # the first, of all that do not fit
+    cell.assumed.append(f"micro_batch = {sizes[best]} (the source prints none: the quickest by forecast that fits)")
+    return replace(job, micro_batch=int(sizes[best]), micro_batches=samples // int(sizes[best]))
 
 
 class _Cells:
@@ -108,9 +133,9 @@ class _Cells:
         try:
             value = float(text)
         except ValueError:
-            raise BadInput(f"row {self.text('id')}: {name} is {text!r}, not a number") from None
+            raise BadCell(f"row {self.text('id')}: {name} is {text!r}, not a number") from None
         if not 0 <= value < 1e30:
-            raise BadInput(f"row {self.text('id')}: {name} is {text}, which cannot be")
+            raise BadCell(f"row {self.text('id')}: {name} is {text}, which cannot be")
         return value
 
     def count(self, name: str, default: int, why: str = "") -> int:
@@ -121,13 +146,13 @@ class _Cells:
                 self.assumed.append(f"{name} = {default} ({why})")
             return default
         if value != int(value):
-            raise BadInput(f"row {self.text('id')}: {name} is {value}, not a whole number")
+            raise BadCell(f"row {self.text('id')}: {name} is {value}, not a whole number")
         return int(value)
 
     def must(self, name: str) -> int:
         """A whole number that has to be there."""
         if not self.text(name):
-            raise NoForecast(f"no {name}")
+            raise BadInput(f"no {name}")
         return self.count(name, 0)
 
 
@@ -163,10 +188,12 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
     tp, pp, cp = (cell.count(c, 1) for c in ("tp", "pp", "cp"))
     n_gpus = cell.count("n_gpus", 0) or _ranks(cell)
     if "ci_platform" in flags and not cell.text("n_gpus"):
-        # Megatron's CI runs on one node of 8, or on as many as one group of experts needs
+        # Megatron's CI runs on one node, or on as many as one group of experts needs; full-size models on 16
         experts = cell.count("ep", 1) * int(flags.get("etp") or (tp if model.n_experts else 1))
-        n_gpus = max(8, tp * pp * cp * max(1, experts // (tp * cp)))
-        cell.assumed.append(f"{n_gpus} GPUs (the source prints none: one node, or what its experts need)")
+        node = 4 if cell.text("gpu").startswith("gb") else 8
+        nodes = 1 if "tiny_model" in flags else 16
+        n_gpus = max(nodes * node, tp * pp * cp * max(1, experts // (tp * cp)))
+        cell.assumed.append(f"{n_gpus} GPUs (the source prints none)")
     if not cell.text("tp") and "model_parallel" in flags:
         tp, pp = _split(_number_in(flags, "model_parallel", 1), cell.count("gpus_per_node", 8), model.n_layers)
         cell.assumed.append(f"tp = {tp}, pp = {pp} (the source prints their product only)")
@@ -195,9 +222,7 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
     micro, many, batch = (cell.count(c, 0) for c in ("micro_batch", "grad_accumulation", "global_batch"))
     if not micro and many and batch:
         micro = max(1, batch // (dp * many))
-    if not micro:
-        micro = 1
-        cell.assumed.append("micro_batch = 1 (the source prints none)")
+    micro = micro or 1
     if not many:
         many = max(1, batch // (dp * micro)) if batch else 1
     recompute = cell.text("recompute")
@@ -222,7 +247,7 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
         attention = "flash"
     precision = cell.text("precision") or "bf16"
     if precision not in PRECISIONS:
-        raise NoForecast(f"no precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        raise BadInput(f"no precision {precision!r}; known: {', '.join(PRECISIONS)}")
     gradients = 4.0 if "fp32_grad_accumulation" in flags else 2.0 if "grad_reduce_bf16" in flags else None
     overlap = flags.get("overlap_grad_reduce")
     return Job(
@@ -244,13 +269,17 @@ def _job(cell: _Cells, flags: dict[str, str]) -> Job:
 
 
 def _habits(cell: _Cells) -> Framework:
-    """The framework's row; for one that has none, the habits of its kind: sharded like FSDP, or like Megatron."""
+    """The framework's row; for one that has none, the habits of its kind: sharded like FSDP, split like Megatron."""
     name = cell.text("framework")
+    sharded = cell.text("zero_stage") == "3" or cell.count("fsdp", 1) > 1
+    if sharded and "deepspeed" in name.lower():
+        return framework("deepspeed")
     try:
         return framework(name)
     except UnknownName:
-        sharded = cell.text("zero_stage") == "3" or cell.count("fsdp", 1) > 1
-        like = framework("fsdp" if sharded else "megatron")
+        split = cell.count("tp", 1) * cell.count("pp", 1) > 1 or bool(cell.text("n_experts"))
+        many = cell.count("n_gpus", 0) != 1
+        like = framework("fsdp" if sharded else "megatron" if split or (not name and many) else "plain")
         cell.assumed.append(f"what {name or 'an unnamed framework'} does by default is taken from {like.title}")
         return like
 
@@ -330,10 +359,22 @@ def _split(product: int, node: int, n_layers: int) -> tuple[int, int]:
     return tp, product // tp
 
 
+def _trains_another_token(cell: _Cells, flags: Mapping[str, str]) -> bool:
+    """DeepSeek-V3 predicts one token more (DeepSeek-AI 2024, arXiv:2412.19437, 4.2) unless its source says not."""
+    if "without_mtp" in flags or (cell.count("n_experts", 0), cell.count("n_layers", 0)) != (256, 61):
+        return False
+    cell.assumed.append("mtp = 1 (DeepSeek-V3's own)")
+    return True
+
+
 def _layers(cell: _Cells, flags: Mapping[str, str]) -> int:
     """Layers of the decoder, or of a model that has nothing else."""
     if cell.text("n_layers"):
-        return cell.must("n_layers")
+        n_layers = cell.must("n_layers")
+        if "mamba_hybrid" in flags and n_layers > 1:
+            cell.assumed.append("two layers of a hybrid, a mixer and a feed-forward, count as one block")
+            n_layers //= 2
+        return n_layers
     if "decoder_layers" in flags:
         return _number_in(flags, "decoder_layers", _LAYERS)
     return cell.count("n_layers", _LAYERS, "the source prints none; GPT-2 medium's")
@@ -343,7 +384,7 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
     """The row's shape."""
     d = cell.count("d_model", 0)
     if not d:
-        raise NoForecast("no d_model")
+        raise BadInput("no d_model")
     heads = cell.must("n_heads")
     family = cell.text("family")
     gated = cell.text("gated_mlp") == "1" if cell.text("gated_mlp") else family in _GATED
@@ -352,7 +393,8 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
         d_ff = -(-(8 * d // 3) // 64) * 64 if gated else 4 * d
         cell.assumed.append(f"d_ff = {d_ff}")
     which = "release" if "ci_platform" in flags and "tiny_model" not in flags and family != "t5" else family
-    vocabulary = cell.count("vocab", _VOCABULARIES.get(which, _VOCABULARY), "the source prints none")
+    named = next((n for n in _VOCABULARIES if cell.text("model").startswith(n)), which)
+    vocabulary = cell.count("vocab", _VOCABULARIES.get(named, _VOCABULARY), "the source prints none")
     experts = cell.count("n_experts", 0)
     mla = [int(x) for x in flags.get("mla", "").split("/") if x.isdecimal()]
     shared = cell.count("n_shared_experts", 0)
@@ -378,7 +420,7 @@ def _decoder(cell: _Cells, flags: Mapping[str, str]) -> Decoder:
         sliding_window=cell.count("sliding_window", 0),
         windowed_every=2 if "window_every_2nd_layer" in flags else 1,
         latent=Latent(*mla) if len(mla) == 5 else None,
-        mtp_layers=_number_in(flags, "mtp", int("with_mtp" in flags)),
+        mtp_layers=_number_in(flags, "mtp", int("with_mtp" in flags or _trains_another_token(cell, flags))),
         n_encoder_layers=_number_in(flags, "encoder_layers"),
         causal=family != "bert",
     )  # fmt: skip

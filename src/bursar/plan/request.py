@@ -56,6 +56,10 @@ def question_of(
             raise BadInput(
                 f"a batch of {asked} tokens is less than one sequence of {S}; give --batch-tokens {S} or more"
             )
+    notes: tuple[str, ...] = ()
+    if not batch and not batch_tokens:
+        notes += (f"{BATCH_TOKENS:,} tokens a step, as no batch was given",)
+    notes += () if seq_len else (f"sequences of {S} tokens, the model's longest, as none was given",)
     clusters = clusters_of(on, gpus, node, network)
     precisions = tuple(filter(None, (p.strip() for p in precision.split(","))))
     question = Question(
@@ -68,6 +72,7 @@ def question_of(
         days=days,
         budget_usd=None if budget is None else float(_count("budget", budget.removeprefix("$"))),
         usd_per_gpu_hour=usd_per_gpu_hour,
+        notes=notes,
     )  # fmt: skip
     if (days is not None or budget is not None) and tokens is None:
         raise BadInput("days and a budget are of a whole run: give its --tokens")

@@ -11,29 +11,32 @@ of it is arithmetic on arrays, a group of layouts at a time.
 
 from __future__ import annotations
 
-import importlib
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 
 from bursar.errors import BadInput, NoAnswer, UnknownName
 from bursar.hardware import Cluster
 from bursar.jobs import PRECISIONS, SCHEDULES, Decoder, Job, Layout
+from bursar.plan.intervals import factors
 from bursar.rank_memory import rank_memory
 from bursar.run import price_of, spent
 from bursar.step_time import step_time
 from bursar.units import SECONDS_PER_DAY, format_bytes, format_count, format_usd
 
 Array = Any
+Entry = tuple[float, float, Job, int]  # what it is ranked by, bytes, and where it stands: a job and its row
 
 AXES: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "reshard_after_forward", "sequence_parallel",
                "virtual_stages", "micro_batch", "micro_batches")  # fmt: skip
-GIVEN: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "sequence_parallel", "virtual_stages")
+GIVEN: Final = ("dp", "tp", "pp", "cp", "ep", "fsdp", "zero_stage", "sequence_parallel", "virtual_stages",
+                "micro_batch")  # fmt: skip
 RECOMPUTE: Final = (("none", 1), ("selective", 1), ("full", 1), ("full", 2), ("full", 4), ("full", 8))
 BY: Final = ("time", "cost", "memory")
 CHUNK: Final = 1 << 17  # layouts priced at once: some hundred arrays of a megabyte
@@ -50,6 +53,8 @@ NO_BLOCKS = "every k blocks needs k blocks on a stage"
 NO_MEMORY = "does not fit in memory"
 NO_MONEY = "over the budget"
 NO_TIME = "takes longer than the days given"
+_THREADS: Final = 4
+_MOST_CHUNKS: Final = 16  # virtual stages of one rank
 _MOST_TRIED: Final = 2048  # accelerators, in looking for a number on which something fits
 _SLACK: Final = 1 / 8  # a batch is rounded to the nearest that divides, up to this share of it
 
@@ -69,10 +74,12 @@ class Question:
     optimizer: str = "adamw"
     framework: str = "megatron-bridge"
     compiled: bool = False
-    fixed: Mapping[str, int] = field(default_factory=dict, hash=False)  # axes that are not searched
+    # axes that are not searched, or of which only some values are
+    fixed: Mapping[str, int | tuple[int, ...]] = field(default_factory=dict, hash=False)
     days: float | None = None  # at most
     budget_usd: float | None = None  # at most
     usd_per_gpu_hour: float | None = None  # in place of the catalogue's
+    notes: tuple[str, ...] = ()  # what was taken for granted in asking
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch"):
@@ -111,8 +118,8 @@ class Choice:
     seconds: float | None = None  # of the run
     usd: float | None = None
     kwh: float | None = None
-    step_interval: tuple[float, float] | None = None  # 80 %, seconds
-    peak_interval: tuple[float, float] | None = None  # 80 %, bytes
+    step_interval: tuple[float, float] = (0.0, math.inf)  # 80 %, seconds
+    peak_interval: tuple[float, float] = (0.0, math.inf)  # 80 %, bytes
 
     @property
     def batch_tokens(self) -> int:
@@ -163,8 +170,8 @@ class Choice:
             "tokens_per_gpu_second": self.tokens_per_gpu_second,
             "gpu_hours": None if self.seconds is None else self.cluster.count * self.seconds / 3600,
             "kwh": self.kwh,
-            "step_seconds_80": self.step_interval,
-            "peak_bytes_80": self.peak_interval,
+            "step_seconds_80": list(self.step_interval),
+            "peak_bytes_80": list(self.peak_interval),
             "time": dict(self.time),
             "memory": dict(self.memory),
         }
@@ -194,6 +201,12 @@ class Plan:
             f"{best.cluster.name}, {format_bytes(best.device_bytes)} per device"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from bursar.report.plan import notebook
+
+        return notebook(self)
+
     def record(self) -> dict[str, Any]:
         """The fields of ``plan --json``."""
         return {
@@ -208,8 +221,13 @@ class Plan:
         }
 
 
-def search(question: Question, clusters: Sequence[Cluster], by: str = "time", top: int = 10) -> Plan:
+def search(
+    question: Question, clusters: Sequence[Cluster], by: str = "time", top: int = 10, distinct: bool = False
+) -> Plan:
     """The ``top`` layouts of ``question`` on any of ``clusters``, by time, cost or memory.
+
+    ``distinct`` shows of each division of the ranks (dp, tp, pp, cp, ep) the best alone: what it shards, its chunks and
+    micro-batch. All are searched either way.
 
     With ``days`` and a range of clusters, the fewest accelerators come first. Raises BadInput for what cannot be meant;
     where nothing fits, the plan has no layouts and says what comes nearest.
@@ -229,7 +247,7 @@ def search(question: Question, clusters: Sequence[Cluster], by: str = "time", to
     searched, rejected, found = 0, Counter[str](), []
     smallest: tuple[float, str] | None = None
     for cluster in clusters:
-        n, reasons, kept, least = _on(question, cluster, by, top)
+        n, reasons, kept, least = _on(question, cluster, by, top, distinct)
         searched += n
         rejected.update(reasons)
         found.extend(kept)
@@ -270,11 +288,12 @@ class Space:
 def enumerate_layouts(question: Question, n_ranks: int) -> Space:
     """Every layout of ``n_ranks`` ranks that divides; ``searched`` counts the others too."""
     model, S, fixed = question.model, question.seq_len, question.fixed
-    micro = _powers(max(1, int(question.batch * (1 + _SLACK))))
-    chunks = (
-        _divisors(model.n_layers) if "interleaved" in question.schedules or "dualpipev" in question.schedules else [1]
-    )
-    chunks = [v for v in chunks if v <= 16]
+    micro = _axis(fixed, "micro_batch", _powers(max(1, int(question.batch * (1 + _SLACK)))))
+    chunks = [1]
+    if "interleaved" in question.schedules:
+        chunks = [v for v in _divisors(model.n_layers) if v <= _MOST_CHUNKS]
+    elif "dualpipev" in question.schedules:
+        chunks = [1, 2]
     experts = _divisors(model.n_experts) if model.n_experts else [1]
     columns: dict[str, list[Array]] = {a: [] for a in AXES}
     searched, rejected = 0, Counter[str]()
@@ -284,7 +303,7 @@ def enumerate_layouts(question: Question, n_ranks: int) -> Space:
                 if n_ranks % (tp * pp * cp):
                     continue
                 dp = n_ranks // (tp * pp * cp)
-                if "dp" in fixed and fixed["dp"] != dp:
+                if dp not in _axis(fixed, "dp", [dp]):
                     continue
                 shards = _shardings(dp * cp, fixed)
                 inner = len(_axis(fixed, "sequence_parallel", [0, 1])) * len(shards) * len(micro)
@@ -313,7 +332,7 @@ def _structure(model: Decoder, S: int, dp: int, tp: int, pp: int, cp: int, ep: i
     return ""
 
 
-def _shardings(replicas: int, fixed: Mapping[str, int]) -> list[tuple[int, int, int]]:
+def _shardings(replicas: int, fixed: Mapping[str, int | tuple[int, ...]]) -> list[tuple[int, int, int]]:
     """(stage, reshard after forward, group or 1 for all) over dp·cp ranks: ZeRO 0 to 3, FSDP, HSDP."""
     stages = _axis(fixed, "zero_stage", [0, 1, 2, 3])
     groups = _axis(fixed, "fsdp", [1, *(g for g in _divisors(replicas) if 1 < g < replicas)])
@@ -418,55 +437,78 @@ def one(job: Job, row: int) -> Job:
 
 
 def _on(
-    question: Question, cluster: Cluster, by: str, top: int
+    question: Question, cluster: Cluster, by: str, top: int, distinct: bool = False
 ) -> tuple[int, Counter[str], list[Choice], tuple[float, str] | None]:
     """One cluster: combinations considered, why they were rejected, the best of the rest, the least memory needed."""
     space = enumerate_layouts(question, cluster.count)
     ways, rejected = question.ways, Counter({why: n * question.ways for why, n in space.rejected.items()})
     searched = space.searched * ways
-    usable = cluster.accelerator.usable_bytes
-    rate = price_of(cluster.accelerator, question.usd_per_gpu_hour)
-    best: list[tuple[float, float, Job, int]] = []
+    best: list[Entry] = []
     least: tuple[float, str] | None = None
     seen = 0
-    for job, rows in _jobs(question, space.columns):
-        seen += len(rows)
-        blocks = question.model.n_layers / np.asarray(job.layout.pp)
-        short = np.asarray(blocks < job.recompute_every)
-        rejected[NO_BLOCKS] += int(np.count_nonzero(short))
-        keep = np.flatnonzero(~short)
-        if not len(keep):
-            continue
-        job = _some(job, keep)
-        device = np.broadcast_to(rank_memory(job, cluster).device_bytes, keep.shape)
-        at = int(np.argmin(device))
-        if least is None or device[at] < least[0]:
-            least = (float(device[at]), f"{_words(one(job, at))} on {cluster.name}")
-        fits = device <= usable
-        rejected[NO_MEMORY] += int(np.count_nonzero(~fits))
-        keep = np.flatnonzero(fits)
-        if not len(keep):
-            continue
-        job, device = _some(job, keep), device[keep]
-        seconds = np.broadcast_to(step_time(job, cluster).seconds, keep.shape)
-        good = np.ones(len(keep), dtype=bool)
-        per_token = seconds / np.asarray(job.tokens)
-        if question.tokens is not None:
-            run = np.ceil(question.tokens / np.asarray(job.tokens)) * seconds
-            for why, bad in (
-                (NO_TIME, run > (question.days or math.inf) * SECONDS_PER_DAY),
-                (NO_MONEY, cluster.count * run / 3600 * (rate or 0.0) > (question.budget_usd or math.inf)),
-            ):
-                rejected[why] += int(np.count_nonzero(bad & good))
-                good &= ~bad
-        rank = device if by == "memory" else per_token
-        rank = np.where(good, rank, np.inf)
-        order = np.lexsort((device, _significant(rank)))[:top]
-        best += [(float(rank[i]), float(device[i]), job, int(i)) for i in order if np.isfinite(rank[i])]
+
+    def priced_group(group: tuple[Job, Array]) -> tuple[int, Counter[str], tuple[float, str] | None, list[Entry]]:
+        return len(group[1]), *_group(question, cluster, by, top, distinct, group[0])
+
+    # NumPy lets go of the interpreter in its loops; the order of the answers is the groups', whoever is first
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for n, reasons, found, entries in pool.map(priced_group, _jobs(question, space.columns)):
+            seen += n
+            rejected.update(reasons)
+            if found is not None and (least is None or found < least):
+                least = found
+            best += entries
     searched += (seen - len(space.columns["dp"]) * ways) if seen else 0  # further schedules of the same layouts
     best.sort(key=lambda entry: (entry[0], entry[1]))
+    if distinct:
+        seen_divisions: dict[int, Entry] = {}
+        for entry in best:
+            seen_divisions.setdefault(int(_division(entry[2])[entry[3]]), entry)
+        best = list(seen_divisions.values())
     kept = [priced(question, one(job, row), cluster) for _, _, job, row in best[:top]]
     return searched, Counter({why: n for why, n in rejected.items() if n}), kept, least
+
+
+def _group(
+    question: Question, cluster: Cluster, by: str, top: int, distinct: bool, job: Job
+) -> tuple[Counter[str], tuple[float, str] | None, list[Entry]]:
+    """The layouts of one job: why some are rejected, the least memory any needs, the best of the rest."""
+    rejected = Counter[str]()
+    short = question.model.n_layers / np.asarray(job.layout.pp) < job.recompute_every
+    rejected[NO_BLOCKS] += int(np.count_nonzero(short))
+    keep = np.flatnonzero(~short)
+    if not len(keep):
+        return rejected, None, []
+    job = _some(job, keep)
+    device = np.broadcast_to(rank_memory(job, cluster).device_bytes, keep.shape)
+    at = int(np.argmin(device))
+    least = (float(device[at]), f"{_words(one(job, at))} on {cluster.name}")
+    fits = device <= cluster.accelerator.usable_bytes
+    rejected[NO_MEMORY] += int(np.count_nonzero(~fits))
+    keep = np.flatnonzero(fits)
+    if not len(keep):
+        return rejected, least, []
+    job, device = _some(job, keep), device[keep]
+    seconds = np.broadcast_to(step_time(job, cluster).seconds, keep.shape)
+    good = np.ones(len(keep), dtype=bool)
+    if question.tokens is not None:
+        run = np.ceil(question.tokens / np.asarray(job.tokens)) * seconds
+        rate = price_of(cluster.accelerator, question.usd_per_gpu_hour) or 0.0
+        for reason, bad in (
+            (NO_TIME, run > (question.days or math.inf) * SECONDS_PER_DAY),
+            (NO_MONEY, cluster.count * run / 3600 * rate > (question.budget_usd or math.inf)),
+        ):
+            rejected[reason] += int(np.count_nonzero(bad & good))
+            good &= ~bad
+    rank = np.where(good, device if by == "memory" else seconds / np.asarray(job.tokens), np.inf)
+    order = np.lexsort((device, _significant(rank)))
+    if distinct:
+        order = order[np.sort(np.unique(_division(job)[order], return_index=True)[1])]
+    return (
+        rejected,
+        least,
+        [(float(rank[i]), float(device[i]), job, int(i)) for i in order[:top] if np.isfinite(rank[i])],
+    )
 
 
 def _some(job: Job, rows: Any) -> Job:
@@ -477,6 +519,14 @@ def _some(job: Job, rows: Any) -> Job:
         job, layout=layout,
         micro_batch=np.asarray(job.micro_batch)[rows], micro_batches=np.asarray(job.micro_batches)[rows],
     )  # fmt: skip
+
+
+def _division(job: Job) -> Array:
+    """One number for each way the ranks are divided: dp, tp, pp, cp, ep."""
+    code = np.zeros(np.shape(job.micro_batch), dtype=np.int64)
+    for axis in ("dp", "tp", "pp", "cp", "ep"):
+        code = code * 4093 + np.asarray(getattr(job.layout, axis))
+    return code
 
 
 def _significant(values: Array) -> Array:
@@ -503,13 +553,10 @@ def priced(question: Question, job: Job, cluster: Cluster) -> Choice:
     )  # fmt: skip
 
 
-def _interval(job: Job, cluster: Cluster, target: str, value: float) -> tuple[float, float] | None:
-    """The 80 % interval around a forecast, from the errors on published runs of its kind; None where none are known."""
-    known = _factors()
-    if known is None:
-        return None
-    low, high = known(job, cluster, target)
-    return value * low, value * high
+def _interval(job: Job, cluster: Cluster, target: str, value: float) -> tuple[float, float]:
+    """The 80 % interval around a forecast, from the errors on published runs of its kind."""
+    found = factors(job, cluster, target)
+    return value * found.low, value * found.high
 
 
 # ---- several clusters
@@ -527,16 +574,6 @@ def counts(low: int, high: int, node: int) -> list[int]:
     for k in range(high.bit_length() + 1):
         steps |= {1 << k, 3 << k}
     return sorted(n for n in steps if low <= n <= high and (n % node == 0 or n < node or n in (low, high)))
-
-
-@cache
-def _factors() -> Callable[[Job, Cluster, str], tuple[float, float]] | None:
-    """`plan.intervals.factors`, where there is one."""
-    try:
-        module = importlib.import_module("bursar.plan.intervals")
-    except ImportError:
-        return None
-    return cast("Callable[[Job, Cluster, str], tuple[float, float]]", module.factors)
 
 
 # ---- words
@@ -559,7 +596,7 @@ def _words(job: Job) -> str:
 
 def _notes(question: Question, best: Sequence[Choice]) -> tuple[str, ...]:
     """What the answer takes for granted."""
-    said = []
+    said = list(question.notes)
     if best:
         asked, made = question.batch * question.seq_len, best[0].batch_tokens
         if made != round(asked):
@@ -575,6 +612,13 @@ def _notes(question: Question, best: Sequence[Choice]) -> tuple[str, ...]:
                 f"{device.price_date}"
             )
         said.extend(step_time(best[0].job, best[0].cluster).assumptions)
+    if best:
+        for target, what in (("step_time", "step"), ("peak_memory", "peak")):
+            known = factors(best[0].job, best[0].cluster, target)
+            runs = f"the errors on {known.rows} published runs, those like it weighing more ({', '.join(known.tables)})"
+            said.append(
+                f"80 % interval of the {what}: {runs if known.tables else 'no published run is at hand; a guess'}"
+            )
     said.append(
         f"{question.framework}'s habits, {question.attention} attention, {question.optimizer}; "
         f"{', '.join(question.precisions)}"
@@ -646,8 +690,11 @@ def _powers(limit: int) -> list[int]:
     return [1 << k for k in range(limit.bit_length())]
 
 
-def _axis(fixed: Mapping[str, int], name: str, free: list[int]) -> list[int]:
-    return [fixed[name]] if name in fixed else free
+def _axis(fixed: Mapping[str, int | tuple[int, ...]], name: str, free: list[int]) -> list[int]:
+    given = fixed.get(name)
+    if isinstance(given, int):
+        return [given]
+    return free if given is None else [value for value in free if value in given]
 
 
 def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:

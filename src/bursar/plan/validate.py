@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bursar.efficiency import product_dtype
 from bursar.errors import BursarError
 from bursar.plan.intervals import COVERAGE, Errors, factors, generation, kind, learn
 from bursar.plan.published import Run
@@ -131,7 +132,8 @@ def validate(
         except (BursarError, ArithmeticError, ValueError) as error:
             failures[run.id] = str(error)
     scored = [f for f in forecasts if f.run.id in mine and f.run.role == "score"]
-    scored = [_with_interval(_scaled(f, forecasts), known) for f in scored]
+    scales = _Scales(forecasts)
+    scored = [_with_interval(scales(f), known) for f in scored]
     rows: dict[str, list[Run]] = {}
     for run in runs:
         if run.role == "score":
@@ -154,7 +156,7 @@ def _forecast(run: Run, time: Callable[..., StepTime], memory: Callable[..., Ran
     found = []
     if run.step_seconds:
         made = time(job, cluster)
-        peak = cluster.peak(_dtype(job.precision, cluster.accelerator.peak_flops_per_s))
+        peak = cluster.peak(product_dtype(cluster.accelerator, job.precision))
         floor = _number(made.hardware_flops) / peak
         seconds = _number(made.seconds)
         found.append(Forecast(run, "step_time", run.step_seconds, seconds, floor))
@@ -176,32 +178,42 @@ def _number(value: Any) -> float:
     return float(np.asarray(value).reshape(-1)[0])
 
 
-def _dtype(precision: str, peaks: Mapping[str, float]) -> str:
-    plain = {"mxfp8": "fp8", "nvfp4": "fp4"}.get(precision, precision)
-    return plain if plain in peaks else "bf16"
+class _Scales:
+    """One scale per target and GPU type for each table, learned from the others; a table's rows for calibration count
+    among the others, as a voice of their own."""
 
+    def __init__(self, forecasts: Iterable[Forecast]) -> None:
+        ratios: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
+        for f in forecasts:
+            if f.target != "fits" and f.run.cluster is not None:
+                gpu, voice = f.run.cluster.accelerator.name, (f.run.table, f.run.role)
+                ratios.setdefault((f.target, gpu, *voice), []).append((f.measured / f.predicted, f.measured / f.floor))
+        self._typical = {
+            key: (statistics.median(r for r, _ in found), statistics.median(floor for _, floor in found))
+            for key, found in ratios.items()
+        }
+        self._known: dict[tuple[str, str, str], tuple[float, float]] = {}
 
-def _scaled(f: Forecast, everything: Sequence[Forecast]) -> Forecast:
-    """With the scales of its GPU type from the other tables: of the forecast, and of the floor."""
-    gpu = f.run.cluster.accelerator.name if f.run.cluster else ""
-    others = [
-        o for o in everything
-        if o.target == f.target and (o.run.table != f.run.table or o.run.role == "calibration")
-    ]  # fmt: skip
-    same = [o for o in others if o.run.cluster is not None and o.run.cluster.accelerator.name == gpu]
-    if f.target == "fits" or not others:
-        return f
-    scale = _typical(same, lambda o: o.measured / o.predicted) if same else 1.0
-    floor = _typical(same or others, lambda o: o.measured / o.floor) if f.target == "step_time" else math.nan
-    return replace(f, scale=scale, floor_scale=floor)
+    def __call__(self, f: Forecast) -> Forecast:
+        """``f`` with its scales."""
+        if f.run.cluster is None or f.target == "fits":
+            return f
+        key = (f.target, f.run.cluster.accelerator.name, f.run.table)
+        if key not in self._known:
+            self._known[key] = self._scale(*key)
+        scale, floor = self._known[key]
+        return replace(f, scale=scale, floor_scale=floor if f.target == "step_time" else math.nan)
 
-
-def _typical(forecasts: Iterable[Forecast], ratio: Callable[[Forecast], float]) -> float:
-    """The median over tables of each table's median, so that a long table is one voice."""
-    by_table: dict[str, list[float]] = {}
-    for o in forecasts:
-        by_table.setdefault(o.run.table, []).append(ratio(o))
-    return statistics.median(statistics.median(v) for v in by_table.values())
+    def _scale(self, target: str, gpu: str, table: str) -> tuple[float, float]:
+        others = {
+            key: found
+            for key, found in self._typical.items()
+            if key[0] == target and (key[2] != table or key[3] == "calibration")
+        }
+        same = [found for key, found in others.items() if key[1] == gpu]
+        scale = statistics.median(r for r, _ in same) if same else 1.0
+        floors = same or list(others.values())
+        return scale, statistics.median(f for _, f in floors) if floors else math.nan
 
 
 def _with_interval(f: Forecast, known: Sequence[Errors]) -> Forecast:

@@ -60,11 +60,17 @@ class Ops:
     moved_bytes: int
     compute_seconds: float  # together, at the device's peak; 0 without a device
     memory_seconds: float
+    forecast_seconds: float | None = None  # together, where the forecast priced each op by itself
 
     @property
     def roofline_seconds(self) -> float:
         """The longer of the two: the bound."""
         return max(self.compute_seconds, self.memory_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """What is forecast for them by themselves, else the bound."""
+        return self.roofline_seconds if self.forecast_seconds is None else self.forecast_seconds
 
     @property
     def bound(self) -> str:
@@ -85,7 +91,7 @@ class Kind:
     calls: int
     flops: int
     moved_bytes: int
-    roofline_seconds: float
+    seconds: float  # as of `Ops`
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +116,11 @@ class Cell:
 def row_seconds(ledger: Ledger, forecast: Forecast) -> list[float]:
     """Seconds of each recorded row, which add up to the forecast less what it waits for the network.
 
-    The forecast's excess over the roofline is shared out in proportion to each row's bound.
+    Where the forecast did not price each row by itself, its excess over the roofline is shared out in proportion to
+    each row's bound.
     """
+    if len(forecast.row_seconds) == len(ledger):
+        return list(forecast.row_seconds)
     device = forecast.cluster.accelerator
     bound = [max(op_seconds(row, device)) for row in ledger.recorded]
     whole = math.fsum(bound)
@@ -186,24 +195,29 @@ def merged(ledger: Ledger, forecast: Forecast | None = None) -> list[Ops]:
     device = None if forecast is None else forecast.cluster.accelerator
     totals: dict[tuple[str, str, str, str, str, int, int], list[float]] = {}
     where: dict[tuple[str, str, str, str, str, int, int], dict[str, None]] = {}
-    for row in ledger.recorded:
+    priced = forecast.row_seconds if forecast is not None and len(forecast.row_seconds) == len(ledger) else ()
+    for i, row in enumerate(ledger.recorded):
         work = row.work
         flops, moved = work.flops + work.recompute_flops, work.read_bytes + work.written_bytes
         key = (row.op, row.kind, row.phase, row.dtype, _anywhere(row.module), flops, moved)
-        entry = totals.setdefault(key, [0, 0.0, 0.0])
+        entry = totals.setdefault(key, [0, 0.0, 0.0, 0.0])
         entry[0] += 1
         where.setdefault(key, {})[row.module] = None
         if device is not None:
             compute, moving = op_seconds(row, device)
             entry[1] += compute
             entry[2] += moving
+        if priced:
+            entry[3] += priced[i]
     found = []
-    for key, (calls, compute, moving) in totals.items():
+    for key, (calls, compute, moving, seconds) in totals.items():
         op, kind, phase, dtype, anywhere, flops, moved = key
         module = anywhere if len(where[key]) > 1 else next(iter(where[key]))
         n = int(calls)
-        found.append(Ops(op, kind, phase, dtype, module, n, n * flops, n * moved, compute, moving))
-    return sorted(found, key=lambda o: (-o.roofline_seconds, -o.moved_bytes))
+        found.append(
+            Ops(op, kind, phase, dtype, module, n, n * flops, n * moved, compute, moving, seconds if priced else None)
+        )
+    return sorted(found, key=lambda o: (-o.seconds, -o.moved_bytes))
 
 
 def _anywhere(path: str) -> str:
@@ -221,10 +235,10 @@ def kinds(ops: Iterable[Ops]) -> list[Kind]:
     totals: dict[str, list[float]] = {}
     for o in ops:
         entry = totals.setdefault(o.kind, [0, 0, 0, 0.0])
-        for i, n in enumerate((o.calls, o.flops, o.moved_bytes, o.roofline_seconds)):
+        for i, n in enumerate((o.calls, o.flops, o.moved_bytes, o.seconds)):
             entry[i] += n
     found = (Kind(kind, int(e[0]), int(e[1]), int(e[2]), e[3]) for kind, e in totals.items())
-    return sorted(found, key=lambda k: (-k.roofline_seconds, -k.moved_bytes, k.kind))
+    return sorted(found, key=lambda k: (-k.seconds, -k.moved_bytes, k.kind))
 
 
 def held(ledger: Ledger) -> list[Held]:

@@ -39,8 +39,10 @@ def render(found: Levers, *, explain: bool = False) -> Iterator[Any]:
         "The largest that fits, the other sizes as asked (the sequence with a micro-batch of 1)",
         ("", "batch", "sequence", "parameters", "blocks"),
         [
-            (_KIND[name], "any" if x.batch is None else f"{x.batch:,}", f"{x.seq_len:,}", format_count(x.parameters) if x.parameters else "none",
-             f"{x.n_layers}")
+            (
+                _KIND[name], "any" if x.batch is None else f"{x.batch:,}", f"{x.seq_len:,}",
+                format_count(x.parameters) if x.parameters else "none", f"{x.n_layers}",
+            )
             for name, x in found.largest.items()
         ],
     )  # fmt: skip

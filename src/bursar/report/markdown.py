@@ -90,7 +90,7 @@ def step(ledger: Ledger, forecast: Forecast | None = None) -> str:
                     f"{k.calls:,}",
                     format_flops(k.flops * ledger.replicas),
                     format_bytes(k.moved_bytes),
-                    *((format_seconds(k.roofline_seconds),) if timed else ()),
+                    *((format_seconds(k.seconds),) if timed else ()),
                 )
                 for k in kinds
             ],

@@ -35,9 +35,9 @@ def trace(ledger: Ledger, forecast: Forecast | None = None) -> dict[str, Any]:
     first = next((i for i, row in enumerate(rows) if row.phase == "optimizer"), len(rows))
     if wait:  # gradients are reduced while backward runs; the optimizer waits for what is left
         edges = [at + (wait if i >= first else 0) for i, at in enumerate(edges)]
-    name = f"bursar: {ledger.model.name or 'a step'}, {where}"
+    name = printable(f"bursar: {ledger.model.name or 'a step'}, {where}", keep="")
     events = [
-        _meta("process_name", 0, printable(name, keep="")),
+        _meta("process_name", 0, name),
         _meta("thread_name", PHASES, "phases"),
         _meta("thread_name", COMPUTE, "compute stream"),
     ]
@@ -59,7 +59,7 @@ def trace(ledger: Ledger, forecast: Forecast | None = None) -> dict[str, Any]:
         "displayTimeUnit": "ms",
         "otherData": {
             "what": name,
-            "assumptions": assumptions,
+            "assumptions": [printable(text, keep="") for text in assumptions],
             **{f"version of {k}": v for k, v in ledger.versions.items()},
         },
     }

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from bursar.plan.search import Choice, Plan, why
+from bursar.report.html.notebook import show
 from bursar.report.text import line, note, table
 from bursar.step_time import parameters
 from bursar.units import format_bytes, format_count, format_seconds, format_share, format_usd
@@ -31,11 +32,19 @@ def render(plan: Plan, *, explain: bool = False) -> Iterator[Any]:
         yield line(plan.nearest)
         yield _rejected(plan)
         return
-    several = len({choice.cluster.name for choice in plan.layouts}) > 1
+    names = {choice.cluster.name for choice in plan.layouts}
+    several = len(names) > 1
+    if not several:
+        yield line(f"On {names.pop()}:")
     yield table(_title(plan), *_columns(plan, several))
-    yield note("dp replicas · z ZeRO stage (3 is FSDP) /group · tp, s with sequence parallelism · pp×virtual stages")
+    yield note(
+        "dp replicas, z ZeRO stage (3 is FSDP; k parameters kept after forward; /group) · tp, s with sequence "
+        "parallelism · pp stages × chunks · b×M micro-batch × how many · GB per device, of "
+        f"{plan.layouts[0].cluster.accelerator.usable_bytes / 1e9:.1f}"
+    )
     best = plan.layouts[0]
     yield _winner(best)
+    yield note(f"allocated at its peak {format_bytes(best.peak_bytes)}, 80 %: " + _span(best.peak_interval))
     yield _times(best)
     if len(plan.layouts) > 1:
         yield from _runner_up(best, plan.layouts[1])
@@ -47,30 +56,35 @@ def render(plan: Plan, *, explain: bool = False) -> Iterator[Any]:
     yield line("Assumptions", style="bold")
     for text in plan.assumptions:
         yield note(text)
-    if best.step_interval is None:
-        yield note("no interval: the errors on published runs of this kind are not at hand")
+
+
+def notebook(plan: Plan) -> str:
+    """The ranked layouts as a notebook shows them; what became of the rest where there is none."""
+    name = plan.question.model.name
+    if not plan.layouts:
+        return show(f"{name}: {plan.verdict}. {plan.nearest}", ("rejected", "combinations"),
+                    [(why, f"{n:,}") for why, n in plan.rejected.items()])  # fmt: skip
+    several = len({choice.cluster.name for choice in plan.layouts}) > 1
+    return show(f"{name}: {_title(plan)}", *_columns(plan, several))
 
 
 def _title(plan: Plan) -> str:
     by = {"time": "time", "cost": "cost", "memory": "memory left"}[plan.by]
-    return f"By {by}: the first {len(plan.layouts)} of {plan.feasible:,} that fit, {plan.searched:,} searched"
+    return f"By {by}: the first {len(plan.layouts)}; {plan.feasible:,} fit of {plan.searched:,} searched"
 
 
 def _columns(plan: Plan, several: bool) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     run = plan.question.tokens is not None
     priced = several and all(choice.usd is not None for choice in plan.layouts)  # of one cluster, days say it
-    interval = plan.layouts[0].step_interval is not None
-    head = ("on",) * several + ("layout", "b×M", "recompute", "step", *("80 %",) * interval, "MFU", "memory")
+    head = ("on",) * several + ("layout", "b×M", "recompute", "step s", "80 %", "MFU %", "GB")
     rows = []
     for choice in plan.layouts:
+        low, high = choice.step_interval
         row = (choice.cluster.name,) * several + (
             shorthand(choice), f"{choice.job.micro_batch}×{choice.job.micro_batches}", choice.recompute,
-            format_seconds(choice.step_seconds),
+            f"{choice.step_seconds:.3g}", f"{low:.2g}–{high:.2g}", f"{100 * choice.mfu:.1f}",
+            f"{choice.device_bytes / 1e9:.1f}",
         )  # fmt: skip
-        if interval and choice.step_interval:
-            low, high = choice.step_interval
-            row += (f"{low:.3g}–{high:.3g}",)
-        row += (format_share(choice.mfu), format_bytes(choice.device_bytes))
         if run:
             row += (f"{choice.days:.4g}",)
         if priced:
@@ -87,11 +101,12 @@ def shorthand(choice: Choice) -> str:
     if lay.zero_stage:
         group = f"/{lay.fsdp}" if lay.fsdp > 1 else ""
         kept = "k" if lay.zero_stage == 3 and not lay.reshard_after_forward else ""
-        said.append(f"z{lay.zero_stage}{kept}{group}")
+        said[0] += f"z{lay.zero_stage}{kept}{group}"
     if lay.tp > 1:
         said.append(f"tp{lay.tp}" + "s" * bool(lay.sequence_parallel))
     if lay.pp > 1:
         said.append(f"pp{lay.pp}" + (f"×{lay.virtual_stages}" if lay.virtual_stages > 1 else ""))
+        said += [lay.schedule] * (lay.schedule not in ("1f1b", "interleaved"))
     said += [f"{axis}{getattr(lay, axis)}" for axis in ("cp", "ep") if getattr(lay, axis) > 1]
     if choice.job.precision != "bf16":
         said.append(choice.job.precision)
@@ -105,12 +120,15 @@ def _winner(best: Choice) -> Any:
     ]  # fmt: skip
     beside = best.device_bytes - best.peak_bytes
     rows.append(("allocator, context, NCCL", format_bytes(beside), format_share(beside / best.device_bytes)))
-    interval = "" if best.peak_interval is None else " to ".join(format_bytes(x) for x in best.peak_interval)
-    rows.append(("needed", format_bytes(best.device_bytes), f"peak, 80 %: {interval}" if interval else ""))
+    rows.append(("needed", format_bytes(best.device_bytes), ""))
     rows.append(
         ("left", format_bytes(best.headroom_bytes), f"of {format_bytes(best.device_bytes + best.headroom_bytes)}")
     )
     return table(f"Memory of the fullest rank: {shorthand(best)}", ("", "bytes", ""), rows)
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return " to ".join(format_bytes(n) for n in interval)
 
 
 def _times(best: Choice) -> Any:

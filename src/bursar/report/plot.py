@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bursar.errors import MissingExtra
+from bursar.errors import MissingExtra, printable
 from bursar.ledger import Ledger
 from bursar.memory import CLASSES
 from bursar.report import figures
 from bursar.report.html import plots
-from bursar.report.html.markup import Markup, asset, tag
+from bursar.report.html.markup import Markup, asset, clipped, tag
 from bursar.roofline import Forecast
 from bursar.units import format_bytes
 
@@ -84,8 +84,7 @@ def png(ledger: Ledger, forecast: Forecast | None, path: Path) -> None:
     )
     axes.plot([x[course.peak]], [peak.total / 1e9], "o", color="black", markersize=4)
     axes.set(xlabel=unit, ylabel="live GB", xlim=(0, max(x) or 1), ylim=(0, peak.total / 1e9 * 1.15))
-    # a name may hold what matplotlib takes for mathematics
-    axes.set_title(ledger.model.name.replace("$", r"\$"), loc="left")
+    axes.set_title(clipped(printable(ledger.model.name, keep=""), 80), loc="left", parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize="small", ncols=len(there), frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.savefig(path, dpi=100)

@@ -121,8 +121,8 @@ def _memory(ledger: Ledger, forecast: Forecast | None) -> Iterator[Any]:
     if row is not None:
         where = f" in {row.module}" if row.module else ""
         yield note(f"The peak stands in {row.phase}, at {row.op}{where}; the largest there:")
-        for held in memory.holdings[:3]:
-            yield line(f"    {_bytes(held.n_bytes)}  {held.memory_class.replace('_', ' ')}  {held.module or held.op}")
+        for x in memory.holdings[:3]:
+            yield line(f"    {_bytes(x.n_bytes)}  {x.memory_class.replace('_', ' ')}  {x.module or x.op}")
     if ledger.device == "gpu":
         held = memory.held
         yield note(

@@ -78,27 +78,37 @@ def promoted(op: Op) -> int:
     if len(kinds) < 2 or op.name.endswith("copy_"):
         return 0
     common = _common(kinds)
-    cast = sum(_elements(t) for t in inputs if t.dtype != common) * SIZES.get(common, 4)
+    cast = sum(t.numel for t in inputs if t.dtype != common) * SIZES.get(common, 4)
     for name in op.writes:
-        cast += sum(_elements(t) for t in _tensors(op.args.get(name)) if t.dtype != common) * SIZES.get(common, 4)
+        cast += sum(t.numel for t in _tensors(op.args.get(name)) if t.dtype != common) * SIZES.get(common, 4)
     return cast
 
 
-@scratch("aten.mse_loss", "aten.smooth_l1_loss", "aten.huber_loss", "aten.binary_cross_entropy")
+@scratch("aten.mse_loss", "aten.smooth_l1_loss", "aten.huber_loss")
 def reduced_loss(op: Op, cpu: Processor) -> int:
-    """The loss of each element, where the kernel adds them up. In bf16 the mean is taken of an fp32 copy."""
-    x = op.inputs[0]
+    """The loss of each element, where the kernel adds them up; two iterators each cast what is of another dtype."""
     if not op["reduction"]:
         return promoted(op)
-    mean = _mean_of_half(_elements(x), 1) if x.dtype in HALF and op["reduction"] == 1 else 0
-    return promoted(op) + _elements(x) * SIZES.get(x.dtype, 4) + mean
+    kinds = {t.dtype for t in op.inputs[:2]}
+    return 2 * promoted(op) + op.inputs[0].numel * SIZES.get(_common(kinds), 4) + _mean_of_losses(op)
+
+
+@scratch("aten.binary_cross_entropy")
+def binary_cross_entropy(op: Op, cpu: Processor) -> int:
+    """The losses of the elements stay with the output (`trace.scratch.Scratch.as_real`)."""
+    return _mean_of_losses(op)
+
+
+def _mean_of_losses(op: Op) -> int:
+    x = op.inputs[0]
+    return _mean_of_half(x.numel, 1) if x.dtype in HALF and op["reduction"] == 1 else 0
 
 
 @scratch("aten.mean")
 def mean(op: Op, cpu: Processor) -> int:
     """In bf16 the sum is taken of an fp32 copy into an fp32 output."""
     x = op.inputs[0]
-    return _mean_of_half(_elements(x), op.output.numel) if x.dtype in HALF else 0
+    return _mean_of_half(x.numel, op.output.numel) if x.dtype in HALF else 0
 
 
 @scratch("aten.native_layer_norm_backward")
@@ -126,14 +136,14 @@ def batch_norm_backward(op: Op, cpu: Processor) -> int:
     """The input's gradient is made twice, the first let go (batch_norm_backward_cpu, contiguous path)."""
     x = op["input"]
     wants = (op["output_mask"] or (True, True, True))[0]
-    return _elements(x) * SIZES.get(x.dtype, 4) if wants else 0
+    return x.numel * SIZES.get(x.dtype, 4) if wants else 0
 
 
 @scratch("aten.binary_cross_entropy_with_logits")
 def loss_of_logits(op: Op, cpu: Processor) -> int:
-    """log sigmoid, its product with the target, and the loss of each element (Loss.cpp)."""
+    """The logarithm and the loss of each element, or a product with the target (Loss.cpp)."""
     x = op.inputs[0]
-    return 3 * x.numel * SIZES.get(x.dtype, 4) if op["reduction"] else x.numel * SIZES.get(x.dtype, 4)
+    return (2 if op["reduction"] else 1) * x.numel * SIZES.get(x.dtype, 4)
 
 
 @scratch("aten.logsumexp")
@@ -264,18 +274,20 @@ WORKSPACE = "oneDNN's gates and reordered weights"
 @scratch("aten.mkldnn_rnn_layer", library=WORKSPACE)
 def recurrent(op: Op, cpu: Processor) -> int:
     """The gates of all steps, where the input's product is made for all at once; both weights in blocks."""
-    x, size = op["input"], SIZES.get(op["input"].dtype, 4)
+    x: Tensor = op["input"]
+    size = SIZES.get(x.dtype, 4)
     gates = 4 * int(op["hidden_size"])
-    weights = sum(op[name].numel for name in ("weight0", "weight1"))
+    weights = sum(int(op[name].numel) for name in ("weight0", "weight1"))
     return size * (weights + gates) + (4 * (x.numel // x.shape[-1]) * gates if size == 4 else 2**15)
 
 
 @scratch("aten.mkldnn_rnn_layer_backward", library=WORKSPACE)
 def recurrent_backward(op: Op, cpu: Processor) -> int:
     """As forward; in bf16 the gradients of the weights and of the input in fp32 beside."""
-    x, size = op["input"], SIZES.get(op["input"].dtype, 4)
+    x: Tensor = op["input"]
+    size = SIZES.get(x.dtype, 4)
     gates = 4 * int(op["hidden_size"])
-    weights = sum(op[name].numel for name in ("weight1", "weight2"))
+    weights = sum(int(op[name].numel) for name in ("weight1", "weight2"))
     if size == 4:
         return size * (weights + gates) + 4 * (x.numel // x.shape[-1]) * gates
     return (size + 4) * weights + 6 * x.numel + 2**16
@@ -309,10 +321,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
-
-
-def _elements(t: Tensor) -> int:
-    return t.numel
 
 
 def _common(kinds: set[str]) -> str:

@@ -21,7 +21,7 @@ def tracing(on: str | None = None, *, scratch: str = "asked") -> Iterator[Sessio
     step, earlier ones being warm-up; with no optimizer step, the whole block.
 
     ``scratch`` says where, on the CPU backend, what a kernel takes for itself comes from: ``"asked"``, a kernel of
-    oneDNN's called once on zeros of its shapes; ``"formula"``; or ``"none"``.
+    oneDNN's called once on real zeros of its shapes, where that is no large call; ``"formula"``; or ``"none"``.
 
     Raises UnknownName for an accelerator not in the catalogue, DataDependent where the code needs a tensor's values,
     and whatever the code itself raises. torch, modules, buffers, gradients and random state are left as they were.

@@ -68,6 +68,8 @@ class Scratch:
             for i in rules.CONTIGUOUS.get(op.name, ())
             if not args[i].is_contiguous()
         )
+        if op.name == _ATTENTION_BACKWARD and not args[0].transpose(1, 2).is_contiguous():
+            copied += args[0].numel() * args[0].element_size()  # it takes the heads inside the sequence
         return rules.scratch_bytes(op, self.cpu) + copied, library or "the kernel's scratch"
 
     def _ask(self, func: Any, key: Any, flops: int, args: Any, kwargs: Any) -> Answer | None:
@@ -117,6 +119,7 @@ class Scratch:
 
 
 _REDUCTION = {"aten.mse_loss": 2, "aten.smooth_l1_loss": 2, "aten.binary_cross_entropy": 3}
+_ATTENTION_BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward"
 AS_REAL = frozenset({"aten.mkldnn_rnn_layer", *_REDUCTION})
 
 
@@ -138,8 +141,8 @@ def record(func: Any, args: Any, kwargs: Any) -> Answer | None:
 
     The record is the legacy profiler's: it costs microseconds, prints nothing, and refuses where another one is on.
     """
-    from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
-    from torch._C._profiler import _ExperimentalConfig
+    from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
+    from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
     spans = [*_spans(args), *_spans(tuple((kwargs or {}).values()))]
     if sum(spans) > MOST_BYTES or 0 in spans:  # a workspace that is not there would be written to
@@ -151,11 +154,14 @@ def record(func: Any, args: Any, kwargs: Any) -> Answer | None:
             _enable_profiler_legacy(config)
         except (RuntimeError, ImportError, TypeError):
             return None
+        out: Any = None
         try:
             out = func(*real, **named)
+        except RuntimeError:  # not for zeros, or not in one go: the formula stays
+            return None
         finally:
             events = _disable_profiler_legacy()
-        changes = [e.cpu_memory_usage() for thread in events for e in thread if e.kind() == "memory_alloc"]
+        changes = [e.cpu_memory_usage() for thread in events for e in thread if str(e.kind()) == "memory_alloc"]
         outputs = out if isinstance(out, (list, tuple)) else (out,)
         made = tuple(o.untyped_storage().nbytes() if isinstance(o, torch.Tensor) else 0 for o in outputs)
     live = most = 0

@@ -22,6 +22,7 @@ from bursar.hardware import cluster
 from bursar.ledger import Ledger, Step
 from bursar.trace import Session
 from bursar.trace.patches import Undo
+from bursar.trace.scratch import HOW
 from bursar.trace.session import size_of_batch
 from bursar.workload import optimizers, repeats
 from bursar.workload.resolve import Workload, from_callable, loss_of_output, resolve, tensors_in
@@ -46,6 +47,7 @@ def step(
     zero_grad: str = "none",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     fold: bool = True,
+    scratch: str = "asked",
 ) -> Ledger:
     """What one training step of ``model`` costs: forward, backward and optimizer, traced without running anything.
 
@@ -57,12 +59,13 @@ def step(
     ``"8xh100-sxm"`` is eight data-parallel ranks. ``zero_grad`` says what becomes of the gradients after the update:
     ``"none"`` frees them, ``"zeros"`` keeps them, filled with zeros. ``loss(module, batch)`` returns the scalar to
     differentiate; without it the model's own loss is used, else the mean of its output. ``fold`` lets four of many
-    blocks alike stand for all of them, which changes no figure.
+    blocks alike stand for all of them, which changes no figure. ``scratch`` says where the CPU's kernels' own comes from:
+    see `bursar.tracing`.
 
     Raises UnknownName and BadInput for what cannot be meant, DataDependent where forward needs a tensor's values, and
     whatever the model's own code raises.
     """
-    _check(precision, optimizer, recompute, accumulate, zero_grad)
+    _check(precision, optimizer, recompute, accumulate, zero_grad, scratch)
     replicas = 1
     if on == "local":  # this machine's own ops, each with its call: blocks written from others alike have none
         on, fold = None if torch.cuda.is_available() else "cpu", False
@@ -91,10 +94,14 @@ def step(
             return first[0], batch
 
         work = dataclasses.replace(work, make=with_batch, samples=None, tokens=None)
-    return run(work, precision, optimizer or work.optimizer, recompute, accumulate, on, replicas, zero_grad, fold)
+    return run(
+        work, precision, optimizer or work.optimizer, recompute, accumulate, on, replicas, zero_grad, fold, scratch
+    )
 
 
-def _check(precision: str, optimizer: str | None, recompute: str, accumulate: int, zero_grad: str) -> None:
+def _check(
+    precision: str, optimizer: str | None, recompute: str, accumulate: int, zero_grad: str, scratch: str = "asked"
+) -> None:
     if precision not in PRECISIONS:
         raise UnknownName("precision", precision, PRECISIONS)
     if recompute not in RECOMPUTE:
@@ -103,6 +110,8 @@ def _check(precision: str, optimizer: str | None, recompute: str, accumulate: in
         raise UnknownName("optimizer", optimizer, optimizers.OPTIMIZERS)
     if zero_grad not in ZERO_GRAD:
         raise UnknownName("zero_grad", zero_grad, ZERO_GRAD)
+    if scratch not in HOW:
+        raise UnknownName("scratch", scratch, HOW)
     if accumulate < 1:
         raise BadInput(f"{accumulate} micro-batches train nothing; give --accumulate 1 or more")
 
@@ -117,6 +126,7 @@ def run(
     replicas: int = 1,
     zero_grad: str = "none",
     fold: bool = True,
+    scratch: str = "asked",
 ) -> Ledger:
     """Trace two steps of ``work``, the first to make the optimizer's states and fill caches, and keep the second.
 
@@ -124,7 +134,7 @@ def run(
     repeat, or will not run with fewer blocks, is traced whole.
     """
     trunks: list[Trunk] = []
-    how = (work, precision, optimizer, recompute, accumulate, on, replicas, zero_grad)
+    how = (work, precision, optimizer, recompute, accumulate, on, replicas, zero_grad, scratch)
     try:
         return _trace(*how, trunks if fold else None)
     except Exception:
@@ -142,11 +152,12 @@ def _trace(
     on: str | None,
     replicas: int,
     zero_grad: str,
+    scratch: str,
     trunks: list[Trunk] | None,
 ) -> Ledger:
     """Two steps traced, the second kept; into ``trunks`` goes what was folded (None: nothing may be)."""
     tf32 = frozenset({"matmul", "conv"}) if precision == "tf32" else frozenset[str]()
-    session = Session(on, tf32)
+    session = Session(on, tf32, scratch)
     device = torch.device("cpu" if on == "cpu" else "cuda")
     with session.open():
         with device, fake_copies(device):

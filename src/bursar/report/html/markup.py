@@ -35,6 +35,16 @@ def text(value: object) -> Markup:
     return Markup(html.escape(printable(str(value), keep=""), quote=True))
 
 
+def clipped(name: str, most: int = 160) -> str:
+    """``name`` cut in its middle where it is longer: a page says it many times, and its ends tell it.
+
+    >>> clipped("layers.0"), len(clipped("x" * 9999))
+    ('layers.0', 160)
+    """
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - half]}…{name[-half:]}"
+
+
 def tag(_name: str, *children: object, **attributes: object) -> Markup:
     """An element. None and False leave an attribute out, True gives it no value; ``_`` is written ``-``, and dropped at
     the end, so that ``class_`` is ``class``.

@@ -15,7 +15,7 @@ from bursar.memory import CLASSES
 from bursar.modules import label, shares
 from bursar.report import figures
 from bursar.report.html import plots
-from bursar.report.html.markup import Markup, asset, join, tag
+from bursar.report.html.markup import Markup, asset, clipped, join, tag
 from bursar.report.html.parts import swatch
 from bursar.roofline import Forecast
 from bursar.units import format_bytes, format_count, format_flops, format_seconds, format_share
@@ -102,7 +102,7 @@ def ledger(step: Ledger) -> str:
         ("module", "FLOPs", "bytes moved", "at the peak"),
         [
             (
-                label(m.module, m.copies),
+                clipped(label(m.module, m.copies)),
                 format_flops(m.copies * m.flops),
                 format_bytes(m.copies * m.bytes_moved),
                 format_bytes(m.copies * m.bytes_at_peak),

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from bursar.ledger import Ledger
 from bursar.memory import CLASSES
 from bursar.modules import Share, label, shares
-from bursar.reconcile import Measured, Part, Reconciliation
+from bursar.reconcile import Measured, Reconciliation
 from bursar.report import figures
 from bursar.report.gradients import layers
-from bursar.report.html import plots
-from bursar.report.html.markup import Markup, document, join, tag
+from bursar.report.html import books, plots, seconds
+from bursar.report.html.markup import Markup, clipped, document, join, tag
 from bursar.report.html.parts import (
     CELLS,
+    NARROW,
+    WIDE,
     Cell,
     Column,
     Row,
     Section,
+    amount,
+    bullets,
     contents,
+    device_of,
+    duration,
     figure,
     headline,
     legend,
     section,
+    share,
     swatch,
     table,
+    times,
 )
-from bursar.report.reconcile import cells as line_cells
 from bursar.roofline import Forecast
-from bursar.units import format_bytes, format_count, format_flops, format_rate, format_seconds, format_share
+from bursar.units import format_bytes, format_count, format_flops, format_seconds, format_share
 
 COLUMNS = 360  # of the timeline: more than a phone's pixels, and a step of 6000 ops stays under 100 kB
-OPS = 200  # rows of the table of ops, and marks of the roofline
-WIDE, NARROW = 952, 358  # a desktop's column; a phone of 390 less its margins
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def render(
         tag("main", *(part.markup for part in parts), id="main"),
         _footer(ledger),
     )
-    where = f" on {_on(forecast)}" if forecast else ""
+    where = f" on {device_of(forecast)}" if forecast else ""
     return document(f"{ledger.model.name or 'A step'}{where}: what one training step costs", body)
 
 
@@ -91,8 +96,9 @@ def _sections(s: Subject) -> Iterator[Section | None]:
     yield _memory(s)
     yield _where(s)
     if s.forecast is not None:
-        yield _time(s.ops, s.forecast)
-    yield _measurement(s)
+        yield seconds.section_of(s.ops, s.forecast)
+    if s.measured is not None and s.found is not None:
+        yield books.section_of(s.ledger, s.measured, s.found)
     yield _modules(s)
     yield _kinds(s)
     if s.gradients:
@@ -104,19 +110,16 @@ def _sections(s: Subject) -> Iterator[Section | None]:
 # -------------------------------------------------------------------------------------------------------------- header
 
 
-def _on(forecast: Forecast) -> str:
-    cluster = forecast.cluster
-    return f"{cluster.count} × {cluster.accelerator.title}" if cluster.count > 1 else cluster.accelerator.title
-
-
 def _header(s: Subject) -> Markup:
     ledger, forecast = s.ledger, s.forecast
     model, step, flops, peak = ledger.model, ledger.step, ledger.flops, ledger.memory.peak_bytes
     size = (
-        f"{format_count(model.parameters)} parameters, {_times(step.samples, 'sample')} = "
-        f"{_times(step.tokens, 'token')} in {_times(step.micro_batches, 'micro-batch')}"
+        f"{format_count(model.parameters)} parameters, {times(step.samples, 'sample')} = "
+        f"{times(step.tokens, 'token')} in {times(step.micro_batches, 'micro-batch')}"
     )
-    where = f"on {_on(forecast)}" if forecast else "on the CPU" if ledger.device == "cpu" else "on a GPU in general"
+    where = (
+        f"on {device_of(forecast)}" if forecast else "on the CPU" if ledger.device == "cpu" else "on a GPU in general"
+    )
     shown: list[tuple[str, object, object, dict[str, object]]] = [
         (
             "Peak memory" + (" of each" if forecast and forecast.cluster.count > 1 else ""),
@@ -222,7 +225,7 @@ def _memory(s: Subject) -> Section:
 
 def _where_row(ledger: Ledger, row: int) -> str:
     at = ledger.recorded[row]
-    return f"{at.phase}, {at.op}" + (f" in {at.module}" if at.module else "")
+    return f"{at.phase}, {at.op}" + (f" in {clipped(at.module)}" if at.module else "")
 
 
 def _peak_words(ledger: Ledger) -> str:
@@ -230,7 +233,7 @@ def _peak_words(ledger: Ledger) -> str:
     if not ledger.rows:
         return f"The peak is {memory.peak_bytes:,} bytes."
     row = ledger.rows[memory.peak_row]
-    where = f" in {row.module}" if row.module else ""
+    where = f" in {clipped(row.module)}" if row.module else ""
     largest = max(CLASSES, key=lambda c: memory.at_peak[c])
     share = format_share(memory.at_peak[largest] / max(1, memory.peak_bytes))
     return (
@@ -246,14 +249,14 @@ def _classes(ledger: Ledger) -> Markup:
     rows: list[Row] = [
         [
             Cell(join((swatch(f"c-{c}"), c.replace("_", " "))), c),
-            _amount(memory.at_peak[c]),
-            _share(memory.at_peak[c] / whole),
-            _amount(memory.between_steps[c]),
+            amount(memory.at_peak[c]),
+            share(memory.at_peak[c] / whole),
+            amount(memory.between_steps[c]),
         ]
         for c in there
     ]
     between = sum(memory.between_steps.values())
-    foot = [Cell("all"), _amount(memory.peak_bytes), _share(1.0, bar=False), _amount(between)]
+    foot = [Cell("all"), amount(memory.peak_bytes), share(1.0, bar=False), amount(between)]
     columns = (Column("class", number=False), Column("at the peak"), Column("share"), Column("between steps"))
     return table(
         "classes",
@@ -272,17 +275,17 @@ def _held(ledger: Ledger) -> Markup:
     shown, rest = found[:10], found[10:]
     rows: list[Row] = [
         [
-            h.module or "(outside modules)",
+            clipped(h.module) or "(outside modules)",
             Cell(join((swatch(f"c-{h.memory_class}"), h.memory_class.replace("_", " "))), h.memory_class),
-            _amount(h.n_bytes),
-            _share(h.n_bytes / whole),
+            amount(h.n_bytes),
+            share(h.n_bytes / whole),
         ]
         for h in shown
     ]
     foot: Row | None = None
     if rest:
         more = sum(h.n_bytes for h in rest)
-        foot = [Cell(f"{len(rest)} smaller"), "", _amount(more), _share(more / whole, bar=False)]
+        foot = [Cell(f"{len(rest)} smaller"), "", amount(more), share(more / whole, bar=False)]
     columns = (Column("module", number=False), Column("class", number=False), Column("bytes"), Column("share"))
     return table(
         "held", "Bytes alive at the peak by module and class; * stands for every number", columns, rows, foot=foot
@@ -335,210 +338,6 @@ def _where(s: Subject) -> Section | None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- time
-
-
-def _time(ops: Sequence[figures.Ops], forecast: Forecast) -> Section:
-    device = forecast.cluster.accelerator
-    silent = [o for o in ops if not o.flops]
-    whole = sum(o.roofline_seconds for o in ops) or 1.0
-    parts = [
-        (f"b-{k}", v, f"{k} {format_seconds(v)}, {format_share(v / forecast.seconds)}")
-        for k, v in forecast.bound_by.items()
-    ]
-    bars = [
-        plots.bar(parts, f"bound-{name}", "What the step's time is bound by", width=w)
-        for name, w in (("wide", WIDE), ("narrow", NARROW))
-    ]
-    pictures = [
-        plots.roofline(
-            ops,
-            f"roofline-{name}",
-            device.peak_flops_per_s,
-            device.memory_bytes_per_s,
-            width=w,
-            height=h,
-            most=OPS,
-            device=device.title,
-        )
-        for name, w, h in (("wide", WIDE, 420), ("narrow", NARROW, 330))
-    ]
-    interval = f"{format_seconds(forecast.lower_seconds)} … {format_seconds(forecast.upper_seconds)}"
-    rows: list[Row] = [
-        ["expected", Cell(format_seconds(forecast.seconds)), f"{interval} (80 %), {forecast.basis}"],
-        ["roofline bound", Cell(format_seconds(forecast.roofline_seconds)), "no run on this device beats it"],
-        ["MFU", Cell(format_share(forecast.mfu)), f"attention full-square {format_share(forecast.mfu_full_square)}"],
-        ["HFU", Cell(format_share(forecast.hfu)), "recompute counted too"],
-    ]
-    for c in forecast.collectives:
-        sent = f"sent per rank, {c.ranks} ranks, {_times(c.calls, 'call')}"
-        rows.append([c.op.replace("_", "-"), Cell(format_bytes(c.bytes)), sent])
-    left_out = (
-        f" {_times(sum(o.calls for o in silent), 'call')} without FLOPs (copies, lookups, fills) have no place here: "
-        f"{format_share(sum(o.roofline_seconds for o in silent) / whole)} of the roofline time."
-        if silent
-        else ""
-    )
-    caption = (
-        "Each mark is a group of calls alike, where the device's bounds let it stand: on the slope memory binds, on "
-        "the flat roof the arithmetic units do. Area is time." + left_out
-    )
-    return section(
-        "time",
-        "Time",
-        table(
-            "times",
-            f"One step on {_on(forecast)}",
-            (Column("", number=False), Column(""), Column("", number=False)),
-            rows,
-            sort=False,
-            snug=True,
-        ),
-        tag("h3", "What binds it"),
-        tag("div", tag("div", bars[0], class_="wide"), tag("div", bars[1], class_="narrow")),
-        legend((class_, words) for class_, value, words in parts if value > 0),
-        tag("h3", "Ops on the roofline"),
-        legend(
-            (
-                ("k-products", "matmul, attention, conv"),
-                ("k-vector", "elementwise, reductions, copies"),
-                ("k-optimizer", "optimizer"),
-            )
-        ),
-        figure("roofline", [("", pictures[0], pictures[1])], caption, walk="Walk through the ops"),
-        tag("h3", "The ops"),
-        _ops(ops),
-    )
-
-
-def _ops(ops: Sequence[figures.Ops]) -> Markup:
-    whole = sum(o.roofline_seconds for o in ops) or 1.0
-    rows: list[Row] = [
-        [
-            Cell(o.op.removeprefix("aten."), o.op),
-            plots.place_of(o),
-            Cell(o.phase),
-            Cell(o.dtype),
-            Cell(f"{o.calls:,}", o.calls),
-            Cell(
-                f"{o.intensity:.3g}" if o.flops and o.moved_bytes else "",
-                o.intensity if o.flops and o.moved_bytes else None,
-            ),
-            Cell(o.bound if o.roofline_seconds else ""),
-            _seconds(o.roofline_seconds),
-            _share(o.roofline_seconds / whole),
-        ]
-        for o in ops[:OPS]
-    ]
-    rest = ops[OPS:]
-    foot: Row | None = None
-    if rest:
-        time = sum(o.roofline_seconds for o in rest)
-        foot = [
-            f"{len(rest)} shorter",
-            "",
-            "",
-            "",
-            Cell(f"{sum(o.calls for o in rest):,}"),
-            "",
-            "",
-            _seconds(time),
-            _share(time / whole, bar=False),
-        ]
-    columns = (
-        Column("op", number=False),
-        Column("module", number=False, name=True),
-        Column("phase", number=False, minor=True),
-        Column("dtype", number=False, minor=True),
-        Column("calls", minor=True),
-        Column("FLOP/B", minor=True),
-        Column("bound by", number=False, minor=True),
-        Column("roofline time"),
-        Column("share"),
-    )
-    return table(
-        "ops",
-        "Calls alike together, the longest first; * stands for every number",
-        columns,
-        rows,
-        foot=foot,
-        search="Search ops",
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- measurement
-
-
-def _measurement(s: Subject) -> Section | None:
-    measured, found = s.measured, s.found
-    if measured is None or found is None:
-        return None
-    rows: list[Row] = []
-    for line in found.lines:
-        *shown, _ = line_cells(line)
-        good = tag("span", "✓ balances" if line.balances else "✗ does not", class_="yes" if line.balances else "no")
-        rows.append([*shown, Cell(good)])
-    columns = (
-        Column("figure", number=False),
-        Column("forecast"),
-        Column("measured"),
-        Column("error"),
-        Column("within", minor=True),
-        Column("", number=False),
-    )
-    fastest, slowest = measured.spread
-    rate = format_rate(measured.model_flops / measured.seconds, "FLOP")
-    words = (
-        f"A step took {format_seconds(measured.seconds)} (median of {len(measured.step_seconds)}, "
-        f"{format_seconds(fastest)} to {format_seconds(slowest)}), {rate}."
-    )
-    causes = [f"{x.what}: {x.cause}" for x in found.lines if x.cause and x.error]
-    return section(
-        "measured",
-        "Forecast and measurement",
-        table("books", f"Both books of one step, run on {measured.name}", columns, rows, sort=False),
-        tag("p", words),
-        tag("p", measured.busy, class_="no") if measured.busy else None,
-        _list(causes) if causes else None,
-        tag("h3", "Where the measured time went"),
-        _parts("measured-kinds", "kind", "By kind, one profiled step", found.by_kind),
-        _parts("measured-modules", "module", "By module", found.by_module, search="Search measured modules"),
-        tag("p", f"{found.unmatched} of {len(s.ledger)} rows were not found in the profile.", class_="soft")
-        if found.unmatched
-        else None,
-    )
-
-
-def _parts(id_: str, what: str, caption: str, parts: Sequence[Part], search: str = "") -> Markup:
-    whole = sum(p.seconds for p in parts) or 1.0
-    rows: list[Row] = [
-        [
-            p.name,
-            _seconds(p.seconds),
-            _share(p.seconds / whole),
-            Cell(format_flops(p.flops) if p.flops else "", p.flops),
-            Cell(
-                format_rate(p.flops / p.seconds, "FLOP") if p.flops and p.seconds else "",
-                p.flops / p.seconds if p.flops and p.seconds else None,
-            ),
-            _amount(p.moved_bytes),
-        ]
-        for p in parts[:CELLS]
-    ]
-    foot: Row | None = None
-    if parts[CELLS:]:
-        foot = [f"{len(parts) - CELLS} more", _seconds(sum(p.seconds for p in parts[CELLS:])), "", "", "", ""]
-    columns = (
-        Column(what, number=False),
-        Column("seconds"),
-        Column("share"),
-        Column("FLOPs", minor=True),
-        Column("achieved", minor=True),
-        Column("bytes moved", minor=True),
-    )
-    return table(id_, caption, columns, rows, foot=foot, search=search)
-
-
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -555,14 +354,14 @@ def _modules(s: Subject) -> Section:
             Cell(name, key),
             Cell(f"{copies:,}" if copies else "", copies or None),
             Cell(format_flops(values[0]), values[0]),
-            _share(values[0] / flops, bar=bool(copies)),
-            _amount(values[1]),
-            _amount(values[2]),
+            share(values[0] / flops, bar=bool(copies)),
+            amount(values[1]),
+            amount(values[2]),
         ]
-        return [*cells, _seconds(values[3])] if timed else cells
+        return [*cells, duration(values[3])] if timed else cells
 
     shown, rest = found[:CELLS], found[CELLS:]
-    rows = [row(label(m.module, m.copies), m.module, m.copies, _together([m])) for m in shown]
+    rows = [row(clipped(label(m.module, m.copies)), clipped(m.module), m.copies, _together([m])) for m in shown]
     if rest:
         rows.append(row(f"{len(rest)} more", "", sum(m.copies for m in rest), _together(rest)))
     columns = [
@@ -608,11 +407,11 @@ def _kinds(s: Subject) -> Section:
             k.kind,
             Cell(f"{k.calls:,}", k.calls),
             Cell(format_flops(k.flops * ledger.replicas), k.flops),
-            _share(k.flops / flops),
-            _amount(k.moved_bytes),
-            _share(k.moved_bytes / moved),
+            share(k.flops / flops),
+            amount(k.moved_bytes),
+            share(k.moved_bytes / moved),
         ]
-        rows.append([*cells, _seconds(k.roofline_seconds)] if s.forecast is not None else cells)
+        rows.append([*cells, duration(k.seconds)] if s.forecast is not None else cells)
     columns = [
         Column("kind", number=False),
         Column("calls", minor=True),
@@ -622,7 +421,7 @@ def _kinds(s: Subject) -> Section:
         Column("share", minor=True),
     ]
     if s.forecast is not None:
-        columns.append(Column("roofline time"))
+        columns.append(Column(seconds.clock(s.ops)))
     flop = ledger.flops
     phases = [
         ("forward", flop.forward),
@@ -664,8 +463,8 @@ def _gradients(ledger: Ledger) -> Section:
     found = layers(ledger)
     rows: list[Row] = [
         [
-            x.module or "(model)",
-            Cell(x.shapes),
+            clipped(x.module) or "(model)",
+            Cell(clipped(x.shapes)),
             Cell(x.formula),
             Cell(format_flops(x.forward), x.forward),
             Cell(format_flops(x.d_input) if x.d_input else "none", x.d_input),
@@ -693,7 +492,7 @@ def _uncounted(ledger: Ledger) -> Section | None:
     found = ledger.uncounted
     if not found:
         return None
-    rows: list[Row] = [[u.op, Cell(f"{u.calls:,}", u.calls), _amount(u.bytes)] for u in found[:CELLS]]
+    rows: list[Row] = [[u.op, Cell(f"{u.calls:,}", u.calls), amount(u.bytes)] for u in found[:CELLS]]
     return section(
         "uncounted",
         "Uncounted ops",
@@ -713,11 +512,7 @@ def _assumptions(s: Subject) -> Section:
     known: Mapping[str, None] = dict.fromkeys(
         (*s.ledger.assumptions, *(s.forecast.assumptions if s.forecast is not None else ()))
     )
-    return section("assumptions", "Assumptions", _list(known) if known else tag("p", "None."))
-
-
-def _list(lines: Iterable[str]) -> Markup:
-    return tag("ul", *(tag("li", words) for words in lines), class_="plain")
+    return section("assumptions", "Assumptions", bullets(known) if known else tag("p", "None."))
 
 
 def _footer(ledger: Ledger) -> Markup:
@@ -732,19 +527,3 @@ def _footer(ledger: Ledger) -> Markup:
             class_="soft",
         ),
     )
-
-
-def _amount(n_bytes: int) -> Cell:
-    return Cell(format_bytes(n_bytes), n_bytes)
-
-
-def _seconds(seconds: float) -> Cell:
-    return Cell(format_seconds(seconds) if seconds else "0 s", seconds)
-
-
-def _share(share: float, bar: bool = True) -> Cell:
-    return Cell(join((format_share(share), plots.share_bar(share) if bar else None)), share)
-
-
-def _times(n: int, what: str) -> str:
-    return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")

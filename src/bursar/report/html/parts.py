@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bursar.report.html.markup import Markup, data, join, tag
+from bursar.report.html.plots import share_bar
+from bursar.roofline import Forecast
+from bursar.units import format_bytes, format_seconds, format_share
 
+WIDE, NARROW = 952, 358  # a desktop's column; a phone of 390 less its margins
 CELLS = 400  # rows of one table; what is beyond stands in one more, so that a page keeps its size
 
 
@@ -63,8 +67,8 @@ def table(
     body = [tag("tr", *_cells(columns, row)) for row in rows]
     made = tag(
         "table",
-        tag("caption", caption),
-        tag("thead", head),
+        tag("caption", tag("span", caption)),
+        tag("thead", head) if any(c.title for c in columns) else None,
         tag("tbody", *body),
         tag("tfoot", tag("tr", *_cells(columns, foot))) if foot is not None else None,
         id=id_,
@@ -190,3 +194,38 @@ def contents(sections: Iterable[Section]) -> Markup:
     """Links to the sections."""
     links = (tag("li", tag("a", s.title, href=f"#{s.id}")) for s in sections)
     return tag("nav", tag("ul", *links), aria_label="Sections")
+
+
+def device_of(forecast: Forecast) -> str:
+    """What a forecast is for, as a page says it."""
+    cluster = forecast.cluster
+    return f"{cluster.count} × {cluster.accelerator.title}" if cluster.count > 1 else cluster.accelerator.title
+
+
+def bullets(lines: Iterable[str]) -> Markup:
+    """A list."""
+    return tag("ul", *(tag("li", words) for words in lines), class_="plain")
+
+
+def amount(n_bytes: int) -> Cell:
+    """Bytes, sorted by their number."""
+    return Cell(format_bytes(n_bytes), n_bytes)
+
+
+def duration(seconds: float) -> Cell:
+    """Seconds, sorted by their number."""
+    return Cell(format_seconds(seconds) if seconds else "0 s", seconds)
+
+
+def share(share: float, bar: bool = True) -> Cell:
+    """A share of 1 with a short bar beside it."""
+    return Cell(join((format_share(share), share_bar(share) if bar else None)), share)
+
+
+def times(n: int, what: str) -> str:
+    """``n`` of ``what``, one or many.
+
+    >>> times(1, "call"), times(2048, "micro-batch")
+    ('1 call', '2,048 micro-batches')
+    """
+    return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")

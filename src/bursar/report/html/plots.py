@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bursar.memory import CLASSES
 from bursar.report.figures import Cell, Course, Ops
-from bursar.report.html.markup import Markup, join, tag
+from bursar.report.html.markup import Markup, clipped, join, tag
 from bursar.units import format_bytes, format_flops, format_rate, format_seconds, format_share
 
 STACK = ("parameters", "buffers", "optimizer_state", "inputs", "gradients", "activations", "temporary")  # from below
@@ -195,7 +195,7 @@ def moments(course: Course, where: Callable[[int], str]) -> list[str]:
             when = f"op {moment.row + 1} of {course.ops}"
         else:
             when = format_seconds(course.seconds * moment.at) if moment.at else "0 s"
-        what = f"{when}, {where(moment.row)}" if moment.row >= 0 else "before the step"
+        what = f"{when}, {where(moment.row)}" if 0 <= moment.row < course.ops else "before the step"
         live = sorted(((n, c) for n, c in zip(moment.live, CLASSES, strict=True) if n), reverse=True)
         parts = ", ".join(f"{c.replace('_', ' ')} {format_bytes(n)}" for n, c in live)
         found.append(f"{what}: {format_bytes(moment.total)} live ({parts})")
@@ -224,10 +224,11 @@ def squarify(values: Sequence[float], box: Box) -> list[Box]:
         if rest and (not row or _worst([*row, rest[0]], side) <= _worst(row, side)):
             row.append(rest.pop(0))
             continue
-        thick = math.fsum(row) / side if side else 0.0
+        area_of_row = math.fsum(row)
+        thick = min(area_of_row / side, max(box.width, box.height)) if side else 0.0
         along = 0.0
         for area in row:
-            length = area / thick if thick else 0.0
+            length = side * (area / area_of_row)  # not area / thick: what is left of a box may be all rounding error
             found.append(
                 Box(box.x, box.y + along, thick, length)
                 if box.width >= box.height
@@ -325,7 +326,7 @@ def _fewer(groups: list[tuple[str, list[Cell]]], most: int) -> list[tuple[str, l
 
 
 def _cell(cell: Cell, box: Box, tone: str, write: Callable[[float], str], whole: float) -> Markup:
-    name = ".".join(part for part in (cell.group, cell.name) if part)
+    name = clipped(".".join(part for part in (cell.group, cell.name) if part))
     each = f", {cell.copies} alike, {write(cell.value / cell.copies)} each" if cell.copies > 1 and cell.name else ""
     share = format_share(cell.value / whole)
     said = f"{name}: {write(cell.value)}, {share}{each}"
@@ -365,15 +366,15 @@ def roofline(
     most: int = 200,
     device: str = "",
 ) -> Markup:
-    """Ops by arithmetic intensity and the FLOP/s that the device's bounds leave them; a mark's area is its time.
+    """Ops by arithmetic intensity and the FLOP/s they reach; a mark's area is its time.
 
     ``peaks`` are dense FLOP/s by dtype: a roof is drawn for each dtype that is multiplied in. Ops without FLOPs have no
-    place here; the ``most`` longest are drawn.
+    place here; the ``most`` longest are drawn. Those not forecast by themselves stand on the roof, their bound.
     """
-    drawn = [o for o in ops if o.flops and o.roofline_seconds and math.isfinite(o.intensity)][:most]
+    drawn = [o for o in ops if o.flops and o.seconds and math.isfinite(o.intensity)][:most]
     used = {o.dtype: peaks[o.dtype] for o in drawn if _GROUPS.get(o.kind) == "products" and o.dtype in peaks}
     used = used or dict(list(peaks.items())[:1])
-    reached = [o.flops / o.roofline_seconds for o in drawn]
+    reached = [o.flops / o.seconds for o in drawn]
     ridge = max(used.values(), default=1.0) / bytes_per_s
     low_x = math.floor(math.log10(min([o.intensity for o in drawn] + [ridge / 100])))
     high_x = math.ceil(math.log10(max([o.intensity for o in drawn] + [ridge * 5])))
@@ -421,16 +422,16 @@ def roofline(
         right, wide = frame.x + frame.width - 4, _wide(words, 12)
         taken.append(Box(right - wide, y(peak) - 18, wide, 16))
         roofs += [tag("path", d=path, class_="roof"), _text(right, y(peak) - 6, words, "halo", "end")]
-    whole = math.fsum(o.roofline_seconds for o in ops) or 1.0
+    whole = math.fsum(o.seconds for o in ops) or 1.0
     largest = (width / 18) ** 2
-    marks, names = [], list[Markup]()
+    marks, names, placed = [], list[Markup](), []
     for o, rate in zip(drawn, reached, strict=True):
-        share = o.roofline_seconds / whole
+        share = o.seconds / whole
         r = max(2.5, math.sqrt(largest * share))
         place = (x(o.intensity), y(rate))
         said = (
             f"{o.op} ({o.kind}, {o.phase}) in {place_of(o)}: {o.calls:,} call{'' if o.calls == 1 else 's'}, "
-            f"{format_seconds(o.roofline_seconds)}, {format_share(share)} of the roofline time, bound by {o.bound}; "
+            f"{format_seconds(o.seconds)}, {format_share(share)} of the time, bound by {o.bound}; "
             f"{ratio(o.intensity)} FLOP/B, {format_flops(o.flops)}, {format_bytes(o.moved_bytes)}"
         )
         marks.append(
@@ -444,6 +445,9 @@ def roofline(
                 class_=f"mark k-{_GROUPS.get(o.kind, 'vector')}",
             )
         )
+        placed.append((o, place, r, share))
+        taken.append(Box(place[0] - r, place[1] - r, 2 * r, 2 * r))
+    for o, place, r, share in placed:
         if len(names) < 5 and share > 0.02:
             names += _named(o, place, r, frame, taken)
     about = (
@@ -461,7 +465,7 @@ def _named(o: Ops, place: tuple[float, float], r: float, frame: Box, taken: list
     words = f"{(o.module if last == '*' else last) or o.op.removeprefix('aten.')} {o.phase}"
     wide = _wide(words, 12)
     for x, anchor in ((place[0] - r - 5 - wide, "end"), (place[0] + r + 5, "start")):
-        for dy in (4, 20, -12):
+        for dy in (4, 20, -12, 36, -28):
             box = Box(x, place[1] + dy - 11, wide, 14)
             inside = frame.x <= box.x and box.x + box.width <= frame.x + frame.width and box.y > frame.y
             if inside and box.y + 14 < frame.y + frame.height and not any(_touch(box, other) for other in taken):
@@ -472,7 +476,7 @@ def _named(o: Ops, place: tuple[float, float], r: float, frame: Box, taken: list
 
 def place_of(o: Ops) -> str:
     """The module of ops alike, or what stands for one."""
-    return o.module or ("optimizer step" if o.phase == "optimizer" else "(outside modules)")
+    return clipped(o.module) or ("optimizer step" if o.phase == "optimizer" else "(outside modules)")
 
 
 def ratio(x: float) -> str:
@@ -529,7 +533,7 @@ def bar(
     return svg(id_, width, height, title, about or title, *drawn, class_="plot bar")
 
 
-def share_bar(share: float, width: float = 64) -> Markup:
+def share_bar(share: float, width: float = 48) -> Markup:
     """A share of 1 as a short bar in a cell: the number beside it says the same, so screen readers pass it over."""
     return tag(
         "svg",
