@@ -305,7 +305,7 @@ def between(points: Iterable[Point], x: float) -> float:
     share = (math.log(x) - math.log(a)) / (math.log(b) - math.log(a))
     if x > b:  # the last slope, at most in proportion
         slope = min(1.0, max(0.0, (math.log(fb) - math.log(fa)) / (math.log(b) - math.log(a))))
-        return fb * (x / b) ** slope
+        return float(fb * (x / b) ** slope)
     return math.exp((1 - share) * math.log(fa) + share * math.log(fb))
 
 

@@ -152,7 +152,7 @@ class _Count(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ops = 0
+        self.ops: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.ops += not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
@@ -164,7 +164,7 @@ def _composite() -> float:
     cell, x = nn.GRU(4, 4), torch.randn(32, 1, 4)
     with _Count() as count:
         cell(x)
-    return clock.median(lambda: cell(x), budget=0.01)[0] / max(1, count.ops)
+    return clock.median(lambda: cell(x), budget=0.01)[0] / float(max(1, count.ops))
 
 
 def _optimizer(repeats: int) -> float:
@@ -177,4 +177,4 @@ def _optimizer(repeats: int) -> float:
     with _Count() as count:
         optimizer.step()
     found = clock.median(optimizer.step, fewest=repeats, budget=0.0)[0]
-    return found / max(1, count.ops)
+    return found / float(max(1, count.ops))
