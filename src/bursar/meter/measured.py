@@ -123,7 +123,8 @@ def _canaries(device: torch.device) -> tuple[float, float]:
     """Seconds of a product and of a pass over memory that are always the same: medians of some."""
     a, b = torch.ones(512, 512, device=device), torch.ones(3 * 2**20, device=device)
     found = []
-    for run in (lambda: a @ a, lambda: b.mul_(1.0)):
+    runs: tuple[Callable[[], Any], ...] = (lambda: a @ a, lambda: b.mul_(1.0))
+    for run in runs:
         times = []
         for _ in range(9):
             _wait(device)
