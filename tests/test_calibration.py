@@ -137,6 +137,7 @@ def test_a_step_is_the_sum_of_its_rows_and_bound_by_adds_up():
     assert found.forecast.seconds == pytest.approx(sum(found.seconds))
     assert sum(found.forecast.bound_by.values()) == pytest.approx(found.forecast.seconds)
     assert found.forecast.basis == "calibrated"
+    assert found.forecast.row_seconds == found.seconds
     assert found.benchmarked == 0
     assert found.forecast.cluster.name == "local"
     # MFU is against the best product measured, 100 GFLOP/s
