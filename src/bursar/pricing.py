@@ -143,7 +143,6 @@ def price(
         assumptions=tuple(notes),
         basis="calibrated",
         row_seconds=tuple(seconds),
-        row_seconds=tuple(seconds),
     )
     return Priced(tuple(seconds), made, measured / total if total else 0.0, calibration.clock)
 
