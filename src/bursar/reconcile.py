@@ -258,7 +258,7 @@ def _cause_of_part(rows: Sequence[Row], forecast: float, took: float, measured: 
 
 
 def _cause(ledger: Ledger, measured: Measured) -> str:
-    """What of the peak is a library's own scratch, where that is forecast; else why it differs, where that can be told."""
+    """What of the peak is a library's own scratch, where that is forecast; else why it differs, where that is known."""
     if measured.device != "cpu":
         return ""
     named = [held for held in ledger.memory.holdings if " in aten." in held.module]

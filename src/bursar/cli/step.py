@@ -77,8 +77,8 @@ def step(
     zero_grad:
         what becomes of gradients after the update: none (freed) or zeros (kept, filled with zeros)
     scratch:
-        with --on cpu, what a kernel takes for itself: asked (each of oneDNN's is called once, on zeros), formula (nothing
-        is called) or none
+        with --on cpu, what a kernel takes for itself: asked (each of oneDNN's is called once, on zeros), formula
+        (nothing is called) or none
     gradients:
         per layer, the FLOPs of forward, dX and dW with shapes and formula
     measure:
@@ -109,8 +109,8 @@ def step(
         html=html, perfetto=perfetto, parquet=parquet, csv=csv, markdown=markdown, snapshot=snapshot, plot=plot
     )
     asked = _asked(model, batch_size=batch_size, seq_len=seq_len, precision=precision, optimizer=optimizer,
-                   recompute=recompute, accumulate=accumulate, on=on, layout=layout, zero_grad=zero_grad, scratch=scratch,
-                   gradients=gradients, measure=measure)  # fmt: skip
+                   recompute=recompute, accumulate=accumulate, on=on, layout=layout, zero_grad=zero_grad,
+                   scratch=scratch, gradients=gradients, measure=measure)  # fmt: skip
     on = _with_layout(on, layout)
     if measure:
         with _unfinished(json):

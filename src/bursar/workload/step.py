@@ -59,8 +59,8 @@ def step(
     ``"8xh100-sxm"`` is eight data-parallel ranks. ``zero_grad`` says what becomes of the gradients after the update:
     ``"none"`` frees them, ``"zeros"`` keeps them, filled with zeros. ``loss(module, batch)`` returns the scalar to
     differentiate; without it the model's own loss is used, else the mean of its output. ``fold`` lets four of many
-    blocks alike stand for all of them, which changes no figure. ``scratch`` says where the CPU's kernels' own comes from:
-    see `bursar.tracing`.
+    blocks alike stand for all of them, which changes no figure. ``scratch`` says where what the CPU's kernels take for
+    themselves comes from: see `bursar.tracing`.
 
     Raises UnknownName and BadInput for what cannot be meant, DataDependent where forward needs a tensor's values, and
     whatever the model's own code raises.
