@@ -61,6 +61,29 @@ def test_the_books_balance_and_every_row_has_its_seconds(model, sizes, options):
         assert sum(p.calls for p in parts) == len(ledger)
 
 
+RECURRENT = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.layers = nn.Embedding(50, 16), nn.LSTM(16, 16, 2)
+    def forward(self, ids):
+        return self.layers(self.table(ids))[0].square().mean()
+def make(): return Net(), torch.arange(24).view(6, 4)
+"""
+
+
+def test_a_recurrent_kernel_counts_the_gradients_that_are_wanted_in_both_books(tmp_path):
+    (tmp_path / "net.py").write_text(RECURRENT)
+    ledger, measured = both(f"{tmp_path}/net.py:make", (None, None), optimizer="sgd")
+    forward = 2 * (6 * 4) * 4 * 16 * (16 + 16) * 2  # 2·T·B per weight, four gates, two layers
+    first_state = 2 * 4 * 4 * 16 * 16 * 2  # which no gradient is wanted of: one step of one matrix, in each layer
+    assert ledger.flops.forward == forward
+    assert ledger.flops.backward == 2 * forward - first_state
+    assert (measured.model_flops, measured.hardware_flops) == (ledger.flops.model, ledger.flops.hardware)
+
+
 def test_a_forecast_that_is_wrong_does_not_balance():
     ledger, measured = both("mlp:H=64,D=32", (16, None), optimizer="sgd")
     for change in ({"model_flops": measured.model_flops + 2}, {"peak_bytes": measured.peak_bytes * 2}):

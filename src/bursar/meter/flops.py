@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bursar import rules
 from bursar.meter.guard import note
-from bursar.trace.recorder import Recorder, _OpInfo
+from bursar.trace.recorder import Recorder, _OpInfo, wanted
 
 
 class FlopMeter(TorchDispatchMode):
@@ -27,8 +27,11 @@ class FlopMeter(TorchDispatchMode):
         found = rules.RULES.get("{}.{}".format(*func._schema.name.split("::")))
         if found is not None and found.kind in rules.MODEL_KINDS:
             outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
-            work = self._pricing._cost(_OpInfo(func), args, kwargs, outs)[1]
-            again = torch._C._current_autograd_node() is not None and torch.is_grad_enabled()  # a checkpoint's second
+            info, node = _OpInfo(func), torch._C._current_autograd_node()
+            if info.asked and node is not None:
+                kwargs = {**(kwargs or {}), "output_mask": wanted(info.asked, node)}
+            work = self._pricing._cost(info, args, kwargs, outs)[1]
+            again = node is not None and torch.is_grad_enabled()  # a checkpoint's second
             self.model += 0 if again else work.flops
             self.hardware += work.flops + work.recompute_flops
         return out

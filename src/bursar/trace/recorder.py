@@ -322,10 +322,9 @@ class Recorder(TorchDispatchMode):
             allocated += self._allocate(t, row_number, phase, module, info)
         if info.free and not allocated:
             return
-        if info.asked and node is not None:  # as other ops' schemas say themselves
-            asked = tuple(node.next_functions[i][0] is not None for i in info.asked)
-            kwargs = {**(kwargs or {}), "output_mask": asked}
-            key.append(asked)
+        if info.asked and node is not None:
+            kwargs = {**(kwargs or {}), "output_mask": wanted(info.asked, node)}
+            key.append(kwargs["output_mask"])
         kind, work, dtype, shapes, dtypes = self._priced(tuple(key), info, args, kwargs, outs)
         if self.scratch is not None:
             allocated += self._scratch(tuple(key), info, args, kwargs, outs, work, module, phase)
@@ -594,6 +593,11 @@ _NOT_A_SITE = frozenset(
 _RESIZES = frozenset({"aten.resize_", "aten.resize_as_"})
 _KEEP_KIND = rules.MODEL_KINDS | {"uncounted"}  # in the optimizer phase the other kinds become "optimizer"
 _saved_by_type: dict[type, list[str]] = {}
+
+
+def wanted(asked: tuple[int, ...], node: Any) -> tuple[bool, ...]:
+    """Which of ``_ASKED``'s gradients ``node`` of autograd has somebody waiting for; other ops' schemas say that."""
+    return tuple(node.next_functions[i][0] is not None for i in asked)
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
