@@ -21,7 +21,7 @@ demo: $(STAMP)  ## set up, then run the main job: the notes' Cruncher, the notes
 	$(BIN)/bursar step gpt2 --precision bf16-mixed --on h100-sxm
 
 test: $(STAMP)  ## set up, then run the tests, the doctests and the READMEs' code
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: lint types floors site test  ## what CI runs: format, lint, types, import floors, the docs site, tests
 

@@ -291,7 +291,7 @@ def between(points: Iterable[Point], x: float) -> float:
     """The figure at ``x``, on straight lines of logarithms between (x, figure); beyond the ends, by the end's slope
     for seconds that grow (as elements do), else level.
 
-    >>> between([(1, 10.0), (100, 1000.0)], 10)
+    >>> round(between([(1, 10.0), (100, 1000.0)], 10), 9)
     100.0
     """
     known = sorted((float(a), float(b)) for a, b in points)
