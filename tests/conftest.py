@@ -1,5 +1,7 @@
 """No test reads or writes what the user's own machine has measured."""
 
+import os
+
 import pytest
 
 
