@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-QUIET, TRIES = 1.15, 5
+QUIET = 1.15
 HERE = Path(__file__).resolve()
 OWN = f"{HERE.parent / 'time_workloads.py'}:"
 WORKLOADS: dict[str, tuple[str, int | None, int | None, dict[str, Any]]] = {
@@ -135,7 +135,7 @@ def tried(name: str, calibrated: Path) -> dict[str, Any]:
     return found
 
 
-def table(machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+def table(machine: dict[str, Any], found: dict[str, dict[str, Any]], tries: int) -> str:
     """The committed page."""
     keys = ("benchmarked", "curves", "roofline")
     errors = {k: [f[k] / f["seconds"] - 1 for f in found.values()] for k in keys}
@@ -156,7 +156,7 @@ def table(machine: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         "themselves. Curves: `bursar bench` alone. Roofline: best product and copy of this machine. Spread: half the",
         "quartile range of the steps. Canary: the largest of four timings of a fixed product, or of a pass over",
         f"memory, around forecast and measurement, over the smallest; over {QUIET} the machine was busy and both are",
-        f"done anew, at most {TRIES} times, of which the quietest counts.",
+        f"done anew, at most {tries} times in all, of which the quietest counts.",
         "",
         "| workload | ops | measured | spread | benchmarked | curves | roofline | 80 % interval | canary | tries |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -188,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), metavar="NAME")
+    parser.add_argument("--tries", type=int, default=3, help="at most so many of each workload")
     parser.add_argument("--part", choices=("calibrate", "forecast", "measure"))
     parser.add_argument("--data", type=Path, help="a folder with a calibration to use, and to keep")
     arguments = parser.parse_args()
@@ -202,10 +203,10 @@ def main() -> None:
         print(json.dumps(machine), file=sys.stderr)
         for name in arguments.only:
             tries = []
-            while len(tries) < TRIES and not any(t["canary"] <= QUIET for t in tries):
+            while len(tries) < arguments.tries and not any(t["canary"] <= QUIET for t in tries):
                 tries.append(tried(name, Path(os.environ["BURSAR_DATA"])))
             found[name] = {**min(tries, key=lambda t: t["canary"]), "tries": len(tries)}
-    page = table(machine, found)
+    page = table(machine, found, arguments.tries)
     sys.stdout.write(page)
     if arguments.write:
         HERE.with_suffix(".md").write_text(page)

@@ -79,6 +79,13 @@ def test_the_floor_is_one_constant_hfu_from_the_other_tables():
     assert got.floor_mape == pytest.approx((0 + 0.5) / 2)
 
 
+def test_a_run_that_is_faster_than_dense_peak_allows_is_flagged():
+    got = board(runs("t", [0.4, 0.6]))  # the FLOPs take 0.5 s at dense peak
+    assert line(got, "t", "step_time").impossible == 1
+    assert any("Faster than dense peak allows" in text and "t 1" in text for text in page._legend(got))
+    assert not any("Faster" in text for text in page._legend(board(runs("t", [0.6]))))
+
+
 def test_a_row_that_could_be_scored_and_is_not_counts_as_wholly_wrong():
     rows = runs("t", [1.0]) + runs("t", [1.0], id="t:a", gpu="abacus") + runs("t", [1.0], id="t:n", flags="no_shape")
     got = line(board(rows), "t", "step_time")

@@ -76,6 +76,7 @@ class Line:
     regret: float | None = None  # ranking: what the layout forecast to be best costs over the best, the mean
     oom_rows: int | None = None  # fits: runs that were out of memory, and those of them forecast so
     oom_caught: int | None = None
+    impossible: int = 0  # step_time: scored rows that are faster than their FLOPs at dense peak allow
     peer: str = ""  # the best figure anyone else has on it
 
 
@@ -274,6 +275,7 @@ def _line(
         coverage_80=sum(inside) / len(inside),
         scaled_mape=statistics.fmean(abs(f.predicted * f.scale / f.measured - 1) for f in of_it),
         floor_mape=statistics.fmean(floors) if floors else None,
+        impossible=sum(f.floor > f.measured for f in of_it),
         winkler=statistics.fmean(_winkler(f) for f in of_it),
         mape_with_skipped=float((size.sum() + unexcused) / (len(size) + unexcused)),
     )

@@ -82,6 +82,7 @@ def _tables(board: Scoreboard) -> Iterator[tuple[str, tuple[str, ...], list[tupl
 
 
 def _legend(board: Scoreboard) -> list[str]:
+    faster = [f"{x.table} {x.impossible}" for x in board.lines if x.impossible]
     inside = ", ".join(f"{target} {share:.0%}" for target, share in board.coverage.items())
     return [
         "MAPE: mean absolute error; bias: mean signed error, forecast over measured; ≤10 %: share of rows so close.",
@@ -91,6 +92,7 @@ def _legend(board: Scoreboard) -> list[str]:
         "likewise.",
         f"in 80 %: share of rows inside the 80 % interval learned from the other tables; over all rows {inside}.",
         "skip: rows without the figure, without a shape, or flagged impossible by their source.",
+        *([f"Faster than dense peak allows, so wrong in their source: rows of {', '.join(faster)}."] if faster else []),
     ]
 
 
